@@ -1,0 +1,54 @@
+// What the CPU kernels offer to the registration code: plain structs and one table of functions
+// per instruction set. No torch header, no Python.
+#pragma once
+#include <cstdint>
+
+namespace mmae {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr int kMaxBatchDims = 16;
+
+// A batch of feature matrices z (..., n, d) with any strides, and how their rows are prepared.
+struct Features {
+  const void* z;
+  DType dtype;
+  int64_t batch, n, d;
+  int64_t row_stride, column_stride;  // in elements
+  int batch_dims;
+  int64_t batch_sizes[kMaxBatchDims], z_strides[kMaxBatchDims], mask_strides[kMaxBatchDims];
+  const bool* mask;  // (..., n), null: all rows kept
+  int64_t mask_stride;
+  bool normalize, center;
+
+  int64_t k() const { return n <= d ? n : d; }
+  bool samples() const { return n <= d; }
+};
+
+// Runs body(begin, end, context) over [0, count) on the caller's thread pool.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
+
+// Outputs: float32, or float64 where z is float64, contiguous. "weight" (batch, k, k) is the matrix
+// W' with grad_z = grad · W' z (samples side) or the projected z W' (features side); null: no
+// gradient is wanted.
+struct Kernels {
+  const char* name;
+  int64_t max_eigen;  // largest k that `entropy` accepts unless alpha is 2
+  void (*coding_rate)(const Features&, double scale, void* value, void* weight, ParallelFor);
+  void (*entropy)(const Features&, double alpha, void* value, void* weight, ParallelFor);
+  // The full symmetric Gram matrix of the given side, with 1 / row norm (batch, n) and the mean
+  // row (batch, d) that were applied (mean: zeros unless centred).
+  void (*gram)(const Features&, bool samples, void* gram, void* inverse_norm, void* mean,
+               ParallelFor);
+  void (*weight_bwd)(const Features&, const void* grad, const void* weight, void* grad_z,
+                     ParallelFor);
+};
+
+const Kernels& kernels_baseline();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+}  // namespace mmae

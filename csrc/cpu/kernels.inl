@@ -1,0 +1,581 @@
+// The CPU kernels of one instruction set: from features to (value, weight) and from (grad, weight)
+// to the gradient of the features.
+//
+//     G = Ẑ Ẑᵀ or Ẑᵀ Ẑ (the smaller), Ẑ the prepared rows
+//     value = log det(I + cG) or H_alpha(G / tr G),      V = d value / dG   (k x k, symmetric)
+//     grad Ẑ = 2 V Ẑ (samples) or 2 Ẑ V (features),       then through centring and normalisation.
+//
+// Only a k x k "weight" is kept for the backward pass. On the samples side everything is folded
+// into it, so that the backward pass is one product with the raw features:
+//     C = V with rows and columns centred (if centred),  s_i = ẑ_i · (C Ẑ)_i,
+//     W' = 2 D⁻¹ (C - Diag(s)) D⁻¹,   grad Z = W' Z,      D = Diag(||z_i||).
+// On the features side W' = 2 V, and the projection is a row operation after the product.
+//
+// A matrix is worked on by one thread from norms to weight, in a scratch that stays in its cache;
+// when the batch has fewer matrices than threads, the loops inside a matrix are shared instead.
+// Gram and factor are float32 (float64 for float64), sums of logs and traces float64.
+
+#define MMAE_CONCAT2(a, b) a##b
+#define MMAE_CONCAT(a, b) MMAE_CONCAT2(a, b)
+
+namespace mmae {
+namespace MMAE_ISA {
+
+#include "simd.h"
+#include "gemm.h"
+#include "factor.h"
+#include "eigen.h"
+#include "rows.h"
+
+// Depth of a packed block: panels of a few hundred columns then fit a typical second-level cache.
+constexpr int64_t kDepthBlock = 512;
+// Above this, LAPACK's divide and conquer (with its own threads) is the better eigensolver.
+constexpr int64_t kMaxEigen = 256;
+
+// One thread's scratch memory, grown on demand and kept, carved into aligned pieces.
+class Scratch {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    const size_t bytes = size_t(round_up(count * int64_t(sizeof(T)), 64)) + 64;
+    if (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size) ++block_, used_ = 0;
+    while (block_ < blocks_.size() && bytes > blocks_[block_].size) ++block_;
+    if (block_ == blocks_.size()) {
+      const size_t size = std::max<size_t>(bytes, size_t(1) << 20);
+      blocks_.push_back({std::unique_ptr<char[]>(new char[size + 64]), size});
+      used_ = 0;
+    }
+    char* base = blocks_[block_].memory.get();
+    base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
+    T* p = reinterpret_cast<T*>(base + used_);
+    used_ += bytes - 64;
+    return p;
+  }
+  void reset() { block_ = 0, used_ = 0; }
+
+ private:
+  struct Block {
+    std::unique_ptr<char[]> memory;
+    size_t size;
+  };
+  std::vector<Block> blocks_;
+  size_t block_ = 0, used_ = 0;
+};
+
+// Runs a loop on this thread, or shares it among the pool's threads.
+struct Executor {
+  ParallelFor parallel;  // null: this thread
+  template <class F>
+  void run(int64_t count, int64_t grain, const F& f) const {
+    if (!parallel) {
+      if (count > 0) f(int64_t(0), count);
+      return;
+    }
+    parallel(
+        count, grain,
+        [](int64_t begin, int64_t end, void* context) {
+          (*static_cast<const F*>(context))(begin, end);
+        },
+        const_cast<void*>(static_cast<const void*>(&f)));
+  }
+};
+
+// Leading dimension and row count of a k x k work matrix: whole register tiles in both directions.
+template <class T>
+int64_t padded(int64_t k) {
+  return round_up(std::max<int64_t>(k, 1), std::max<int64_t>(kLanes<T>, MR));
+}
+
+// G (+ zero padding) of the prepared rows: upper triangle of k x k, leading dimension padded(k).
+template <class S, class T>
+void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* g,
+                const Executor& executor, Scratch& scratch) {
+  const int64_t k = samples ? rows.n : rows.d, depth_total = samples ? rows.d : rows.n;
+  const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>);
+  const int64_t block = std::min(depth_total, kDepthBlock);
+  T* packed = scratch.take<T>(panels * NR<T> * std::max<int64_t>(block, 1));
+  if (depth_total == 0 || ldg != round_up(k, kLanes<T>))
+    std::memset(g, 0, size_t(ldg * ldg) * sizeof(T));
+  for (int64_t at = 0; at < depth_total; at += block) {
+    const int64_t depth = std::min(block, depth_total - at);
+    executor.run(panels, 1, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<T[]> own;
+      T* buffer;
+      const int64_t need = samples ? kLanes<T> * round_up(depth, kLanes<T>) : (end - begin) * NR<T>;
+      if (executor.parallel) {
+        own.reset(new T[need]);
+        buffer = own.get();
+      } else {
+        buffer = scratch.take<T>(need);
+      }
+      if (samples) {
+        for (int64_t p = begin; p < end; ++p)
+          pack_samples(rows, scale, mean, p * NR<T>, at, at + depth, packed + p * NR<T> * depth,
+                       buffer);
+      } else {
+        pack_features(rows, scale, mean, true, at, at + depth, begin, end, packed, buffer);
+      }
+    });
+    const int64_t tiles = ceil_div(k, MR);
+    // Rows of the triangle shorten: thread t of the pool takes rows from both ends
+    // (each pair is equally long).
+    executor.run(ceil_div(tiles, 2), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (const int64_t i : {t, tiles - 1 - t}) {
+          if (at == 0)
+            gram_rows<T, Write::kSet>(packed, depth, k, i * MR, g, ldg);
+          else
+            gram_rows<T, Write::kAdd>(packed, depth, k, i * MR, g, ldg);
+          if (tiles - 1 - t == t) break;  // the middle row of an odd count, once
+        }
+    });
+  }
+}
+
+template <class T>
+double trace_of(const T* g, int64_t k, int64_t ldg) {
+  double sum = 0;
+  for (int64_t i = 0; i < k; ++i) sum += g[i * ldg + i];
+  return sum;
+}
+
+// Everything of one matrix up to the Gram matrix.
+template <class S, class T>
+struct Gram {
+  Rows<S, T> rows;
+  bool samples;
+  int64_t k, ldg, kept;
+  T *scale, *mean, *g;
+
+  Gram(const Features& f, int64_t index, bool samples_side, bool scale_free,
+       const Executor& executor, Scratch& scratch)
+      : rows(f, index), samples(samples_side), k(samples_side ? f.n : f.d), ldg(padded<T>(k)) {
+    scale = scratch.take<T>(f.n + kLanes<T>);
+    mean = scratch.take<T>(round_up(f.d, NR<T>) + kLanes<T>);
+    g = scratch.take<T>(ldg * ldg);
+    T* buffer = scratch.take<T>(f.d);
+    const T common = scale_free && !f.normalize ? power_of_two_scale(rows, buffer) : T(1);
+    kept = prepare(rows, common, scale, mean, buffer);
+    common_scale = common;
+    gram_upper(rows, samples, scale, mean, g, executor, scratch);
+    // The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
+    if (samples && f.normalize && !f.center)
+      for (int64_t i = 0; i < k; ++i)
+        if (scale[i] > 0) g[i * ldg + i] = 1;
+  }
+
+  T common_scale;
+
+  // v: V on entry (full, leading dimension ldg), W' on return to weight (k x k, contiguous).
+  // g must hold the full Gram matrix if rows are normalised on the samples side.
+  void fold(T* v, T* weight, Scratch& scratch) const {
+    if (!samples) {
+      const T factor = 2 * common_scale * common_scale;
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < k; ++j) weight[i * k + j] = factor * v[i * ldg + j];
+      return;
+    }
+    T* along_mean = nullptr;  // ẑ_i (centred) · mean: the part of ẑ_i that G does not see
+    if (rows.center) {
+      center_both_sides(v, scratch);
+      along_mean = scratch.take<T>(k);
+      T* buffer = scratch.take<T>(rows.d);
+      const double mean2 = dot(mean, mean, rows.d);
+      for (int64_t i = 0; i < k; ++i)
+        along_mean[i] =
+            rows.kept(i) ? T(scale[i] * dot(rows.fetch(i, 0, rows.d, buffer), mean, rows.d) - mean2)
+                         : T(0);
+    }
+    for (int64_t i = 0; i < k; ++i) {
+      const T* vi = v + i * ldg;
+      T projection = 0;
+      if (rows.normalize) {
+        double sum = dot(vi, g + i * ldg, k);
+        if (along_mean) sum += dot(vi, along_mean, k);
+        projection = T(sum);
+      }
+      const T left = 2 * scale[i];
+      for (int64_t j = 0; j < k; ++j) weight[i * k + j] = left * scale[j] * vi[j];
+      weight[i * k + i] = left * scale[i] * (vi[i] - projection);
+    }
+  }
+
+ private:
+  // V <- P V P with P the projection that subtracts the mean over the kept rows.
+  void center_both_sides(T* v, Scratch& scratch) const {
+    T* row_mean = scratch.take<T>(k);
+    double total = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      double sum = 0;
+      for (int64_t j = 0; j < k; ++j)
+        if (rows.kept(j)) sum += v[i * ldg + j];
+      row_mean[i] = kept ? T(sum / kept) : T(0);
+      if (rows.kept(i)) total += row_mean[i];
+    }
+    const T grand = kept ? T(total / kept) : T(0);
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j < k; ++j)
+        v[i * ldg + j] = rows.kept(i) && rows.kept(j)
+                             ? v[i * ldg + j] - row_mean[i] - row_mean[j] + grand
+                             : T(0);
+  }
+};
+
+template <class T>
+void fill_nan(T* p, int64_t n) {
+  std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
+}
+
+// a = factor · g + I in whole tiles: identity in the padding.
+template <class T>
+void shifted(const T* g, T factor, int64_t k, int64_t ldg, T* a) {
+  for (int64_t i = 0; i < ldg; ++i) {
+    for (int64_t j = 0; j < ldg; ++j)
+      a[i * ldg + j] = i < k && j < k ? factor * g[i * ldg + j] : T(0);
+    a[i * ldg + i] += 1;
+  }
+}
+
+// Returns false where I + cG is not positive definite in T, or z is not finite.
+template <class S, class T, class Out>
+bool coding_rate_one(const Features& f, int64_t index, double c, Out* value, Out* weight,
+                     const Executor& executor, Scratch& scratch) {
+  scratch.reset();
+  Gram<S, T> gram(f, index, f.samples(), false, executor, scratch);
+  const int64_t k = gram.k, ld = gram.ldg;
+  if (!std::isfinite(trace_of(gram.g, k, ld))) return false;
+  if (weight) mirror_upper(gram.g, k, ld);
+  T* a = scratch.take<T>(ld * ld);
+  shifted(gram.g, T(c), k, ld, a);
+  const double log_det = sweep(a, k, ld, weight != nullptr, scratch.take<T>(2 * MR * ld));
+  if (!std::isfinite(log_det)) return false;
+  *value = Out(log_det);
+  if (!weight) return true;
+  for (int64_t i = 0; i < k * ld; ++i) a[i] *= T(c);
+  if constexpr (std::is_same_v<T, Out>) {
+    gram.fold(a, weight, scratch);
+  } else {
+    T* wide = scratch.take<T>(k * k);
+    gram.fold(a, wide, scratch);
+    for (int64_t i = 0; i < k * k; ++i) weight[i] = Out(wide[i]);
+  }
+  return true;
+}
+
+template <class S, class T>
+void coding_rate_range(const Features& f, double c, T* value, T* weight, int64_t begin, int64_t end,
+                       const Executor& executor) {
+  static thread_local Scratch scratch;
+  for (int64_t i = begin; i < end; ++i) {
+    T* w = weight ? weight + i * f.k() * f.k() : nullptr;
+    if (coding_rate_one<S, T>(f, i, c, value + i, w, executor, scratch)) continue;
+    // Rounding of a float32 Gram matrix can push I + cG out of the positive cone when
+    // c · lambda_max exceeds 1e7; float64 has the digits to spare.
+    if constexpr (sizeof(T) == 4)
+      if (coding_rate_one<S, double>(f, i, c, value + i, w, executor, scratch)) continue;
+    fill_nan(value + i, 1);
+    if (w) fill_nan(w, f.k() * f.k());
+  }
+}
+
+// V of H_2 = 2 log tr G - log ||G||²: 2/tau I - 2 G / ||G||².
+template <class T>
+double renyi2(const T* g, int64_t k, int64_t ldg, double tau, T* v) {
+  double square = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    const T* row = g + i * ldg;
+    square += 2 * dot(row + i + 1, row + i + 1, k - i - 1) + double(row[i]) * row[i];
+  }
+  if (v) {
+    const T factor = T(-2 / square);
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t j = 0; j < k; ++j) v[i * ldg + j] = factor * g[i * ldg + j];
+      v[i * ldg + i] += T(2 / tau);
+    }
+  }
+  return 2 * std::log(tau) - std::log(square);
+}
+
+// H_alpha from the eigenvalues lam of rho, and f with V = 1/tau sum_r f_r v_r v_rᵀ.
+template <class T>
+double entropy_of_spectrum(const double* lam, int64_t k, double alpha, T* f) {
+  const double largest = *std::max_element(lam, lam + k);
+  // Eigenvalues below the rounding of T are noise around zero: values treat them as they are,
+  // f, which is singular at zero, treats them as this.
+  const double floor = 0.1 * largest * double(std::numeric_limits<T>::epsilon());
+  double sum = 0;
+  if (alpha == 1) {
+    for (int64_t r = 0; r < k; ++r)
+      if (lam[r] > 0) sum -= lam[r] * std::log(lam[r]);
+    if (f)
+      for (int64_t r = 0; r < k; ++r) f[r] = T(-(std::log(std::max(lam[r], floor)) + sum));
+    return sum;
+  }
+  if (std::isinf(alpha)) {
+    if (f)
+      for (int64_t r = 0; r < k; ++r)
+        f[r] = T(lam + r == std::max_element(lam, lam + k) ? 1 - 1 / largest : 1);
+    return -std::log(largest);
+  }
+  for (int64_t r = 0; r < k; ++r)
+    if (lam[r] > 0) sum += std::pow(lam[r], alpha);
+  if (f)
+    for (int64_t r = 0; r < k; ++r)
+      f[r] = T(alpha / (1 - alpha) * (std::pow(std::max(lam[r], floor), alpha - 1) / sum - 1));
+  return std::log(sum) / (1 - alpha);
+}
+
+template <class S, class T>
+void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t begin, int64_t end,
+                   const Executor& executor) {
+  static thread_local Scratch scratch;
+  for (int64_t index = begin; index < end; ++index) {
+    scratch.reset();
+    Gram<S, T> gram(f, index, f.samples(), true, executor, scratch);
+    const int64_t k = gram.k, ld = gram.ldg;
+    T* w = weight ? weight + index * k * k : nullptr;
+    const double tau = trace_of(gram.g, k, ld);
+    if (tau == 0) {  // no rows, or only zero rows: entropy 0 by convention
+      value[index] = 0;
+      if (w) std::memset(w, 0, size_t(k * k) * sizeof(T));
+      continue;
+    }
+    double h = std::numeric_limits<double>::quiet_NaN();
+    T* v = nullptr;
+    if (std::isfinite(tau)) {
+      if (w || alpha != 2) mirror_upper(gram.g, k, ld);
+      if (w || alpha != 2) v = scratch.take<T>(ld * ld);
+      if (alpha == 2) {
+        h = renyi2(gram.g, k, ld, tau, v);
+      } else {
+        double* lam = scratch.take<double>(k);
+        double* off = scratch.take<double>(k);
+        T* tau_h = scratch.take<T>(k);
+        T* work = scratch.take<T>(3 * ld);
+        const T inverse = T(1 / tau);
+        std::memset(v, 0, size_t(ld * ld) * sizeof(T));
+        for (int64_t i = 0; i < k; ++i)
+          for (int64_t j = 0; j < k; ++j) v[i * ld + j] = inverse * gram.g[i * ld + j];
+        tridiagonalize(v, k, ld, lam, off, tau_h, work);
+        T* vt = nullptr;
+        if (w) {
+          vt = scratch.take<T>(ld * ld);
+          form_q(v, k, ld, tau_h, vt, work);
+          for (int64_t i = 0; i < k; ++i)
+            for (int64_t j = 0; j < i; ++j) std::swap(vt[i * ld + j], vt[j * ld + i]);
+        }
+        if (tridiagonal_ql(lam, off, k, vt, ld, scratch.take<T>(k), scratch.take<T>(k))) {
+          T* spectral = w ? scratch.take<T>(k) : nullptr;
+          h = entropy_of_spectrum<T>(lam, k, alpha, spectral);
+          if (w) spectral_matrix(vt, spectral, T(1 / tau), k, ld, v, scratch);
+        }
+      }
+    }
+    value[index] = T(h);
+    if (!w) continue;
+    if (std::isfinite(h))
+      gram.fold(v, w, scratch);
+    else
+      fill_nan(w, k * k);
+  }
+}
+
+// v = factor · sum_r f_r v_r v_rᵀ with v_r the rows of vt; full, symmetric.
+template <class T>
+void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T* v,
+                     Scratch& scratch) {
+  T* left = scratch.take<T>(k * ld);
+  for (int64_t r = 0; r < k; ++r)
+    for (int64_t j = 0; j < ld; ++j) left[r * ld + j] = factor * f[r] * vt[r * ld + j];
+  for (int64_t i = 0; i < round_up(k, MR); i += MR)
+    for (int64_t j = i / kLanes<T> * kLanes<T>; j < ld; j += NR<T>)
+      tile_of_width<T, true, Write::kSet>(int(std::min<int64_t>(NV, (ld - j) / kLanes<T>)), k,
+                                          left + i, ld, vt + j, ld, v + i * ld + j, ld);
+  mirror_upper(v, k, ld);
+}
+
+// grad_z of one matrix on the samples side: grad · W' z, raw z.
+template <class S, class T>
+void weight_bwd_samples(const Features& f, int64_t index, T grad, const T* weight, S* out,
+                        const Executor& executor, Scratch& scratch) {
+  scratch.reset();
+  const Rows<S, T> rows(f, index);
+  const int64_t n = f.n, d = f.d, tiles = ceil_div(n, MR);
+  T* w = scratch.take<T>(tiles * MR * n);
+  for (int64_t i = 0; i < n * n; ++i) w[i] = grad * weight[i];
+  std::memset(w + n * n, 0, size_t((tiles * MR - n) * n) * sizeof(T));
+  executor.run(ceil_div(d, NR<T>), 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch inner;
+    inner.reset();
+    T* panel = inner.take<T>(n * NR<T>);
+    T* buffer = inner.take<T>(NR<T>);
+    T* c = inner.take<T>(MR * NR<T>);
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t c0 = p * NR<T>, width = std::min(NR<T> + int64_t(0), d - c0);
+      const int vectors = int(ceil_div(width, kLanes<T>));
+      // pack_features addresses panel p of a whole set: step back to where panel 0 would be.
+      pack_features<S, T>(rows, nullptr, nullptr, false, 0, n, p, p + 1, panel - p * NR<T> * n,
+                          buffer);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t i0 = t * MR, height = std::min<int64_t>(MR, n - i0);
+        if constexpr (std::is_same_v<S, T>)
+          if (height == MR && width == NR<T>) {
+            tile<T, NV, false, Write::kSet>(n, w + i0 * n, n, panel, NR<T>, out + i0 * d + c0, d);
+            continue;
+          }
+        tile_of_width<T, false, Write::kSet>(vectors, n, w + i0 * n, n, panel, NR<T>, c, NR<T>);
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t j = 0; j < width; ++j)
+            out[(i0 + i) * d + c0 + j] = to_storage<S>(c[i * NR<T> + j]);
+      }
+    }
+  });
+}
+
+// grad_z on the features side: y_i = ẑ_i W', then grad · (y_i - (ẑ_i · y_i) ẑ_i) / ||z_i||.
+template <class S, class T>
+void weight_bwd_features(const Features& f, int64_t index, T grad, const T* weight, S* out,
+                         const Executor& executor, Scratch& scratch) {
+  constexpr int64_t kRowBlock = 6 * MR;  // so that a panel of W' is used six times per load
+  scratch.reset();
+  const Rows<S, T> rows(f, index);
+  const int64_t n = f.n, d = f.d, panels = ceil_div(d, NR<T>), ld = panels * NR<T>;
+  T* scale = scratch.take<T>(n);
+  T* mean = scratch.take<T>(ld);
+  prepare(rows, T(1), scale, mean, scratch.take<T>(d));
+  T* packed = scratch.take<T>(ld * d);
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t r = 0; r < d; ++r)
+      for (int64_t j = 0; j < NR<T>; ++j)
+        packed[p * NR<T> * d + r * NR<T> + j] =
+            p * NR<T> + j < d ? grad * weight[r * d + p * NR<T> + j] : T(0);
+  executor.run(ceil_div(n, kRowBlock), 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch inner;
+    inner.reset();
+    T* x = inner.take<T>(kRowBlock * ld);
+    T* y = inner.take<T>(kRowBlock * ld);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t r0 = b * kRowBlock, count = std::min(kRowBlock, n - r0);
+      std::memset(x, 0, size_t(kRowBlock * ld) * sizeof(T));
+      for (int64_t r = 0; r < count; ++r) {
+        if (!rows.kept(r0 + r)) continue;
+        T* xr = x + r * ld;
+        const T* source = rows.fetch(r0 + r, 0, d, xr);
+        const T s = scale[r0 + r];
+        for (int64_t j = 0; j < d; ++j) xr[j] = s * source[j] - mean[j];
+      }
+      for (int64_t p = 0; p < panels; ++p)
+        for (int64_t r = 0; r < round_up(count, MR); r += MR)
+          tile<T, NV, false, Write::kSet>(d, x + r * ld, ld, packed + p * NR<T> * d, NR<T>,
+                                          y + r * ld + p * NR<T>, ld);
+      for (int64_t r = 0; r < count; ++r) {
+        S* o = out + (r0 + r) * d;
+        if (!rows.kept(r0 + r)) {
+          for (int64_t j = 0; j < d; ++j) o[j] = to_storage<S>(T(0));
+          continue;
+        }
+        T *xr = x + r * ld, *yr = y + r * ld;
+        const T s = scale[r0 + r];
+        T along = 0;
+        if (rows.normalize) {
+          if (rows.center)
+            for (int64_t j = 0; j < d; ++j) xr[j] += mean[j];
+          along = T(dot(xr, yr, d));
+        }
+        for (int64_t j = 0; j < d; ++j) o[j] = to_storage<S>(s * (yr[j] - along * xr[j]));
+      }
+    }
+  });
+}
+
+// Shares matrices among threads, or, when there are too few of them, the loops inside each.
+template <class F>
+void over_batch(const Features& f, ParallelFor parallel, int64_t work, const F& body) {
+  const bool large = f.batch == 1 && work > 200000;
+  if (large) return body(0, 1, Executor{parallel});
+  const int64_t grain = std::max<int64_t>(1, 20000 / std::max<int64_t>(work, 1));
+  Executor{parallel}.run(f.batch, grain,
+                         [&](int64_t begin, int64_t end) { body(begin, end, Executor{nullptr}); });
+}
+
+// Calls body with the storage type (as a value) and the compute type.
+template <class F>
+void dispatch(DType dtype, const F& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body(float{}, float{});
+    case DType::kFloat64: return body(double{}, double{});
+    case DType::kBFloat16: return body(BFloat16{}, float{});
+    case DType::kFloat16: return body(Half{}, float{});
+  }
+}
+
+void coding_rate(const Features& f, double scale, void* value, void* weight, ParallelFor parallel) {
+  dispatch(f.dtype, [&](auto s, auto t) {
+    using T = decltype(t);
+    over_batch(f, parallel, f.k() * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
+      coding_rate_range<decltype(s), T>(f, scale, static_cast<T*>(value), static_cast<T*>(weight),
+                                        begin, end, executor);
+    });
+  });
+}
+
+void entropy(const Features& f, double alpha, void* value, void* weight, ParallelFor parallel) {
+  dispatch(f.dtype, [&](auto s, auto t) {
+    using T = decltype(t);
+    over_batch(f, parallel, f.k() * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
+      entropy_range<decltype(s), T>(f, alpha, static_cast<T*>(value), static_cast<T*>(weight),
+                                    begin, end, executor);
+    });
+  });
+}
+
+void gram(const Features& f, bool samples, void* out, void* inverse_norm, void* mean,
+          ParallelFor parallel) {
+  dispatch(f.dtype, [&](auto s, auto t) {
+    using T = decltype(t);
+    const int64_t k = samples ? f.n : f.d;
+    over_batch(f, parallel, k * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
+      static thread_local Scratch scratch;
+      for (int64_t i = begin; i < end; ++i) {
+        scratch.reset();
+        const Gram<decltype(s), T> one(f, i, samples, false, executor, scratch);
+        mirror_upper(one.g, k, one.ldg);
+        T* to = static_cast<T*>(out) + i * k * k;
+        for (int64_t r = 0; r < k; ++r)
+          std::memcpy(to + r * k, one.g + r * one.ldg, size_t(k) * sizeof(T));
+        std::memcpy(static_cast<T*>(inverse_norm) + i * f.n, one.scale, size_t(f.n) * sizeof(T));
+        std::memcpy(static_cast<T*>(mean) + i * f.d, one.mean, size_t(f.d) * sizeof(T));
+      }
+    });
+  });
+}
+
+void weight_bwd(const Features& f, const void* grad, const void* weight, void* grad_z,
+                ParallelFor parallel) {
+  dispatch(f.dtype, [&](auto s, auto t) {
+    using S = decltype(s);
+    using T = decltype(t);
+    over_batch(f, parallel, f.k() * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
+      static thread_local Scratch scratch;
+      for (int64_t i = begin; i < end; ++i) {
+        const T g = static_cast<const T*>(grad)[i];
+        const T* w = static_cast<const T*>(weight) + i * f.k() * f.k();
+        S* out = static_cast<S*>(grad_z) + i * f.n * f.d;
+        if (f.samples())
+          weight_bwd_samples<S, T>(f, i, g, w, out, executor, scratch);
+        else
+          weight_bwd_features<S, T>(f, i, g, w, out, executor, scratch);
+      }
+    });
+  });
+}
+
+}  // namespace MMAE_ISA
+
+const Kernels& MMAE_CONCAT(kernels_, MMAE_ISA)() {
+  static const Kernels table{MMAE_ISA_NAME,     MMAE_ISA::kMaxEigen, MMAE_ISA::coding_rate,
+                             MMAE_ISA::entropy, MMAE_ISA::gram,      MMAE_ISA::weight_bwd};
+  return table;
+}
+
+}  // namespace mmae

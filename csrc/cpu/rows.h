@@ -1,0 +1,190 @@
+// From a strided feature matrix of any storage type to packed panels of prepared rows (normalised,
+// masked, centred). Included inside an instruction-set namespace after gemm.h.
+//
+// Nothing here copies the batch: a matrix is read where it lies, a few rows or one block of the
+// product's depth at a time, into panels that the cache holds.
+
+// One matrix of the batch, storage type S, computed in T.
+template <class S, class T>
+struct Rows {
+  const S* z;
+  const bool* mask;
+  int64_t n, d, row_stride, column_stride, mask_stride;
+  bool normalize, center;
+
+  Rows(const Features& f, int64_t index)
+      : z(static_cast<const S*>(f.z)), mask(f.mask), n(f.n), d(f.d), row_stride(f.row_stride),
+        column_stride(f.column_stride), mask_stride(f.mask_stride), normalize(f.normalize),
+        center(f.center) {
+    for (int i = f.batch_dims - 1; i >= 0; --i) {
+      const int64_t at = index % f.batch_sizes[i];
+      index /= f.batch_sizes[i];
+      z += at * f.z_strides[i];
+      if (mask) mask += at * f.mask_strides[i];
+    }
+  }
+
+  bool kept(int64_t row) const { return !mask || mask[row * mask_stride]; }
+
+  // Row `row`, columns [c0, c1), as T: in place where possible, else converted into buffer.
+  const T* fetch(int64_t row, int64_t c0, int64_t c1, T* buffer) const {
+    const S* p = z + row * row_stride + c0 * column_stride;
+    if constexpr (std::is_same_v<S, T>)
+      if (column_stride == 1) return p;
+    if (column_stride == 1) {
+      for (int64_t j = 0; j < c1 - c0; ++j) buffer[j] = to_compute<T>(p[j]);
+    } else {
+      for (int64_t j = 0; j < c1 - c0; ++j) buffer[j] = to_compute<T>(p[j * column_stride]);
+    }
+    return buffer;
+  }
+};
+
+template <class T>
+inline double dot(const T* x, const T* y, int64_t n) {
+  constexpr int VL = kLanes<T>;
+  Vec<T> acc[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * VL <= n; i += 4 * VL)
+    for (int v = 0; v < 4; ++v) acc[v] += load(x + i + v * VL) * load(y + i + v * VL);
+  for (; i + VL <= n; i += VL) acc[0] += load(x + i) * load(y + i);
+  double sum = reduce_add<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; i < n; ++i) sum += double(x[i]) * y[i];
+  return sum;
+}
+
+// 1 / ||x||; 0 for a zero row; NaN for a row with NaN or Inf.
+template <class T>
+inline T inverse_norm(const T* x, int64_t n) {
+  double sum = dot(x, x, n);
+  const double low = sizeof(T) == 4 ? 1e-30 : 1e-280, high = sizeof(T) == 4 ? 1e37 : 1e300;
+  if (sum > low && sum < high) return T(1 / std::sqrt(sum));
+  // Out of the range where the squares are exact enough: scale by the largest entry.
+  double largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(x[i])) return std::numeric_limits<T>::quiet_NaN();
+    largest = std::max(largest, std::abs(double(x[i])));
+  }
+  if (largest == 0) return 0;
+  sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += (x[i] / largest) * (x[i] / largest);
+  return T(1 / std::sqrt(sum) / largest);
+}
+
+// A prepared row is scale[i] · z_i - mean, and zero where the row is dropped. Fills scale (n: the
+// inverse norm, or common_scale without normalisation; 0 for dropped rows) and mean
+// (round_up(d, NR); zeros unless centred). Returns the number of rows kept. buffer: d.
+template <class S, class T>
+int64_t prepare(const Rows<S, T>& rows, T common_scale, T* scale, T* mean, T* buffer) {
+  std::memset(mean, 0, round_up(rows.d, NR<T>) * sizeof(T));
+  int64_t kept = 0;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    scale[i] = 0;
+    if (!rows.kept(i)) continue;
+    ++kept;
+    if (!rows.normalize && !rows.center) {
+      scale[i] = common_scale;
+      continue;
+    }
+    const T* x = rows.fetch(i, 0, rows.d, buffer);
+    scale[i] = rows.normalize ? inverse_norm(x, rows.d) : common_scale;
+    if (!rows.center) continue;
+    const T s = scale[i];
+    for (int64_t j = 0; j < rows.d; ++j) mean[j] += s * x[j];
+  }
+  if (rows.center && kept)
+    for (int64_t j = 0; j < rows.d; ++j) mean[j] /= T(kept);
+  return kept;
+}
+
+// The largest power of two that brings the entries to at most 1: entropies do not see a common
+// factor, so rows that are not normalised are scaled by it before their squares can overflow.
+template <class S, class T>
+T power_of_two_scale(const Rows<S, T>& rows, T* buffer) {
+  double largest = 0;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    if (!rows.kept(i)) continue;
+    const T* x = rows.fetch(i, 0, rows.d, buffer);
+    T m = 0;
+    for (int64_t j = 0; j < rows.d; ++j) m = std::max(m, std::abs(x[j]));
+    largest = std::max(largest, double(m));
+  }
+  if (largest == 0 || !std::isfinite(largest)) return 1;
+  return T(std::ldexp(1.0, std::clamp(-std::ilogb(largest), sizeof(T) == 4 ? -120 : -1000,
+                                      sizeof(T) == 4 ? 60 : 500)));
+}
+
+// Panel [j0, j0 + NR) of Zᵀ-as-right-operand on the samples side: rows j0.. of z become columns,
+// depth runs over features [c0, c1). dst: (c1 - c0) x NR. buffer: kLanes x (c1 - c0) rounded up.
+template <class S, class T>
+void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, int64_t j0, int64_t c0,
+                  int64_t c1, T* dst, T* buffer) {
+  constexpr int VL = kLanes<T>;
+  const int64_t depth = c1 - c0, stride = round_up(depth, VL);
+  for (int g = 0; g < NV; ++g) {
+    const int64_t first = j0 + g * VL;
+    if (first >= rows.n) {
+      for (int64_t k = 0; k < depth; ++k) store(dst + k * NR<T> + g * VL, Vec<T>{});
+      continue;
+    }
+    const T* source[VL];
+    T factor[VL], keep[VL];
+    for (int i = 0; i < VL; ++i) {
+      const int64_t row = std::min(first + i, rows.n - 1);
+      const bool used = first + i < rows.n && rows.kept(first + i);
+      source[i] = rows.fetch(row, c0, c1, buffer + i * stride);
+      factor[i] = used ? scale[row] : T(0);
+      keep[i] = used ? T(1) : T(0);
+    }
+    for (int64_t k = 0; k < depth; k += VL) {
+      Vec<T> x[VL];
+      const Vec<T> m = load(mean + c0 + k);
+      const int64_t valid = std::min<int64_t>(VL, depth - k);
+      for (int i = 0; i < VL; ++i) {
+        if (valid == VL) {
+          x[i] = load(source[i] + k);
+        } else {
+          T tail[VL] = {};
+          std::memcpy(tail, source[i] + k, valid * sizeof(T));
+          x[i] = load(tail);
+        }
+        // A dropped row may hold NaN or Inf: it is set to zero, not multiplied by it.
+        x[i] = keep[i] == 0 ? Vec<T>{} : x[i] * splat(factor[i]) - m;
+      }
+      transpose_block<T>(x);
+      for (int64_t q = 0; q < valid; ++q) store(dst + (k + q) * NR<T> + g * VL, x[q]);
+    }
+  }
+}
+
+// Rows [r0, r1) on the features side: depth runs over rows, dst holds all panels of the d columns,
+// panel after panel, (r1 - r0) x NR each; panels [p0, p1) are written. `prepared` false packs raw
+// values (dropped rows still as zeros). buffer: d.
+template <class S, class T>
+void pack_features(const Rows<S, T>& rows, const T* scale, const T* mean, bool prepared, int64_t r0,
+                   int64_t r1, int64_t p0, int64_t p1, T* dst, T* buffer) {
+  constexpr int VL = kLanes<T>;
+  const int64_t depth = r1 - r0;
+  const int64_t c0 = p0 * NR<T>, c1 = std::min(rows.d, p1 * NR<T>);
+  for (int64_t r = r0; r < r1; ++r) {
+    T* out = dst + p0 * NR<T> * depth + (r - r0) * NR<T>;
+    const bool kept = rows.kept(r);
+    const T* x = kept ? rows.fetch(r, c0, c1, buffer) : nullptr;
+    const Vec<T> factor = splat(prepared ? scale[r] : T(1));
+    for (int64_t p = p0; p < p1; ++p, out += depth * NR<T>) {
+      for (int v = 0; v < NV; ++v) {
+        const int64_t c = p * NR<T> + v * VL;
+        Vec<T> y{};
+        if (kept && c + VL <= c1) {
+          y = load(x + (c - c0)) * factor;
+        } else if (kept && c < c1) {
+          T tail[VL] = {};
+          std::memcpy(tail, x + (c - c0), (c1 - c) * sizeof(T));
+          y = load(tail) * factor;
+        }
+        if (kept && prepared) y -= load(mean + c);
+        store(out + v * VL, y);
+      }
+    }
+  }
+}

@@ -1,0 +1,1 @@
+"""Triton kernels of mmae_fast, installed as ``mmae_fast.kernels``."""

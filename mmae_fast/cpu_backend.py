@@ -1,0 +1,58 @@
+"""The compiled CPU backend: csrc/ for everything that fits a core's cache, LAPACK above.
+
+| quantity                 | compiled kernel            | PyTorch's LAPACK on the compiled Gram matrix |
+|--------------------------|----------------------------|----------------------------------------------|
+| Gram, alpha = 2          | every k = min(n, d)        | -                                            |
+| coding rate              | k <= COMPILED_FACTOR_MAX   | potrf, potri (threaded)                      |
+| von Neumann, other alpha | k <= COMPILED_EIGEN_MAX    | syevd                                        |
+| gradient of z            | every k                    | -                                            |
+
+Both limits are where the two sides of the table cross on two cores (benchmarks/test_bench_ops.py);
+the compiled factorisations work on one matrix per thread.
+"""
+
+import torch
+
+from . import _C, reference, torch_backend  # noqa: F401 - importing _C registers the operators
+from .torch_backend import GramParts
+
+COMPILED_FACTOR_MAX = 384
+COMPILED_EIGEN_MAX = torch.ops.mmae_fast.cpu_max_eigen()
+
+_ops = torch.ops.mmae_fast
+
+
+def gram(z, mask, samples, normalize, center) -> GramParts:
+    return GramParts(*_ops.cpu_gram(z, mask, samples, normalize, center))
+
+
+def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
+    if min(z.shape[-2:]) <= COMPILED_FACTOR_MAX:
+        return _ops.cpu_coding_rate(z, mask, scale, normalize, center, need_weight)
+    arguments = (mask, scale, normalize, center, need_weight, gram)
+    value, weight = torch_backend.coding_rate_fwd(z, *arguments)
+    if z.dtype != torch.float64 and not torch.isfinite(value).all():
+        # As in the compiled kernel: where I + cG is not positive definite in float32, float64 is.
+        value, weight = torch_backend.coding_rate_fwd(z.double(), *arguments)
+        dtype = reference.accumulation_dtype(z.dtype)
+        value, weight = value.to(dtype), weight.to(dtype) if need_weight else None
+    return value, weight
+
+
+def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
+    if alpha == 2 or min(z.shape[-2:]) <= COMPILED_EIGEN_MAX:
+        return _ops.cpu_entropy(z, mask, alpha, normalize, center, need_weight)
+    return torch_backend.matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram)
+
+
+def weight_bwd(grad, z, mask, weight, normalize, center):
+    grad, weight = grad.contiguous(), weight.contiguous()
+    return _ops.cpu_weight_bwd(grad, z, mask, weight, normalize, center)
+
+
+def gram_bwd(grad, z, mask, parts, samples, normalize, center):
+    if samples != (z.shape[-2] <= z.shape[-1]):  # the compiled product works on the smaller side
+        return torch_backend.gram_bwd(grad, z, mask, parts, samples, normalize, center)
+    v = (grad + grad.mT) / 2
+    weight = torch_backend.fold(v, parts, z, mask, samples, normalize, center)
+    return weight_bwd(weight.new_ones(z.shape[:-2]), z, mask, weight, normalize, center)

@@ -1,0 +1,99 @@
+"""Losses of masked autoencoders that regularise by matrix entropy.
+
+Every loss is a number to minimise, computed in float32 whatever autocast says.
+
+[1] Information Flow in Self-Supervised Learning, ICML 2024, arXiv:2309.17281 (M-MAE).
+[2] How Mask Matters, NeurIPS 2022, arXiv:2210.08344 (U-MAE).
+"""
+
+from torch import Tensor, nn
+
+from .ops import fast_coding_rate, fast_gram, fast_matrix_entropy
+
+
+def tcr_loss(z: Tensor, mu: float = 1.0, center: bool = False, *, backend: str = "auto") -> Tensor:
+    """Negative total coding rate of normalised features ([1], the regulariser of M-MAE).
+
+    Equivalent to ``-logdet(I_d + mu / d · ẐᵀẐ)``, Ẑ the row-normalised features.
+
+    Args:
+        z: features, shape ``(..., n, d)``, float32/bfloat16/float16/float64.
+        mu: dimensionless, > 0; 1 (ViT-B) or 3 (ViT-L) in the published code. (The paper writes
+            ``log det(mu I + ZZᵀ)``: its mu is the inverse of the code's.)
+        center: subtract the mean row after normalisation.
+    Returns: shape ``(...)``, float32 (float64 for float64 input), in nats.
+    Raises: TypeError, ValueError: as :func:`mmae_fast.fast_coding_rate`.
+    """
+    return -fast_coding_rate(z, mu / z.shape[-1], center=center, backend=backend)
+
+
+def uniformity_loss(z: Tensor, *, backend: str = "auto") -> Tensor:
+    """Mean squared cosine similarity of all pairs ([2], the regulariser of U-MAE).
+
+    Equivalent to ``(Ẑ Ẑᵀ).square().mean((-2, -1))``, and equal to ``exp(-H_2(Ẑ))`` when no row is
+    zero: for unit rows the trace of the Gram matrix is n, so ``H_2 = -log(||G||² / n²)``. It is
+    computed as a sum of squares on the smaller Gram matrix.
+
+    Args: z: features, shape ``(..., n, d)``.
+    Returns: shape ``(...)``, float32 (float64 for float64 input), dimensionless.
+    """
+    return fast_gram(z, backend=backend).square().sum((-2, -1)) / z.shape[-2] ** 2
+
+
+class MatrixEntropyRegularizer(nn.Module):
+    """The term that is added to a reconstruction loss.
+
+    | kind          | term                                 | method     |
+    |---------------|--------------------------------------|------------|
+    | "none"        | 0                                    | MAE        |
+    | "uniformity"  | weight · mean_ij (ẑ_i·ẑ_j)²          | U-MAE [2]  |
+    | "tcr"         | -weight · log det(I + mu/d ẐᵀẐ)      | M-MAE [1]  |
+    | "von_neumann" | -weight · H_1(Ẑ)                     |            |
+    | "renyi"       | -weight · H_alpha(Ẑ)                 |            |
+
+    Args:
+        kind: a row of the table.
+        weight: lambda, >= 0; 0.01 in [1] and [2].
+        mu: for "tcr".
+        alpha: order, for "renyi".
+        center: subtract the mean row after normalisation (not for "uniformity").
+        backend: see :func:`mmae_fast.fast_matrix_entropy`.
+    Raises:
+        ValueError: unknown kind, negative weight, or centring asked of "uniformity".
+    """
+
+    KINDS = ("none", "uniformity", "tcr", "von_neumann", "renyi")
+
+    def __init__(
+        self,
+        kind: str = "none",
+        weight: float = 0.01,
+        mu: float = 1.0,
+        alpha: float = 2.0,
+        center: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if kind not in self.KINDS:
+            raise ValueError(f"kind must be one of {self.KINDS}, got {kind!r}")
+        if not weight >= 0:
+            raise ValueError(f"weight must be >= 0, got {weight!r}")
+        if kind == "uniformity" and center:
+            raise ValueError("center=True is not defined for kind 'uniformity'")
+        self.kind, self.weight, self.mu, self.alpha = kind, weight, mu, alpha
+        self.center, self.backend = center, backend
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (..., n, d) -> the weighted term, shape (...)."""
+        if self.kind == "none":
+            return z.new_zeros(z.shape[:-2]).float()
+        if self.kind == "uniformity":
+            return self.weight * uniformity_loss(z, backend=self.backend)
+        if self.kind == "tcr":
+            return self.weight * tcr_loss(z, self.mu, self.center, backend=self.backend)
+        alpha = 1.0 if self.kind == "von_neumann" else self.alpha
+        h = fast_matrix_entropy(z, alpha, center=self.center, backend=self.backend)
+        return -self.weight * h
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}, weight={self.weight}, mu={self.mu}, alpha={self.alpha}, center={self.center}"

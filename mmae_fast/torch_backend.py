@@ -1,0 +1,225 @@
+"""The backend made of PyTorch calls: any device, closed-form gradients, no host synchronisation.
+
+It serves devices without kernels of their own, and matrices too large for the compiled kernels,
+where the vendor's factorisations are the right tool. What is kept for the backward pass is the
+k x k matrix ``weight``, in the convention that all backends share (derived in csrc/cpu/kernels.inl):
+
+    V = d value / dG,   C = V with rows and columns centred (if centred),   D = Diag(||z_i||)
+    samples side:   W' = 2 D⁻¹ (C - Diag(s)) D⁻¹,  s_i = ẑ_i·(C Ẑ)_i,   grad Z = grad · W' Z
+    features side:  W' = 2 V,   y_i = ẑ_i W',   grad z_i = grad · (y_i - (ẑ_i·y_i) ẑ_i) / ||z_i||
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+class GramParts(NamedTuple):
+    """Gram matrix ``(..., k, k)`` with the row scale ``(..., n)`` and mean row ``(..., d)``."""
+
+    gram: Tensor
+    scale: Tensor
+    mean: Tensor
+
+
+def full_precision(function):
+    """Autocast must not reach the Gram matrix or its factor."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return wrapped
+
+
+def row_scale(z: Tensor, mask: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
+    """z in the accumulation dtype with dropped rows zero, and 1 / row norm (1 if not normalised)."""
+    z = z.to(reference.accumulation_dtype(z.dtype))
+    if mask is not None:
+        z = torch.where(mask.unsqueeze(-1), z, 0)
+    if not normalize or not z.shape[-1]:
+        return z, z.new_ones(z.shape[:-1])
+    # Scaled by the largest entry, so that no square vanishes or overflows.
+    largest = z.abs().amax(-1)
+    safe = torch.where(largest == 0, 1, largest)
+    norm = torch.linalg.vector_norm(z / safe.unsqueeze(-1), dim=-1) * safe
+    return z, torch.where(norm == 0, 0, 1 / norm)
+
+
+def mean_row(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x.sum(-2) / max(x.shape[-2], 1)
+    return x.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def prepared(z: Tensor, mask: Tensor | None, normalize: bool, center: bool):
+    """Prepared rows (see :func:`reference.prepare`), their scale and the mean row."""
+    z, scale = row_scale(z, mask, normalize)
+    x = z * scale.unsqueeze(-1)
+    if not center:
+        return x, scale, x.new_zeros(x.shape[:-2] + x.shape[-1:])
+    mean = mean_row(x, mask)
+    x = x - mean.unsqueeze(-2)
+    return (x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)), scale, mean
+
+
+@full_precision
+def gram(z: Tensor, mask, samples: bool, normalize: bool, center: bool) -> GramParts:
+    x, scale, mean = prepared(z, mask, normalize, center)
+    return GramParts(x @ x.mT if samples else x.mT @ x, scale, mean)
+
+
+def coding_rate_of_gram(g: Tensor, scale: float, need_weight: bool) -> tuple[Tensor, Tensor | None]:
+    """``log det(I + scale G)`` and ``V = scale (I + scale G)⁻¹``."""
+    a = g * scale
+    a.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor, info = torch.linalg.cholesky_ex(a)
+    log_diagonal = factor.diagonal(dim1=-2, dim2=-1).double().log()
+    value = 2 * log_diagonal.sum(-1)
+    trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
+    failed = (info != 0) | ~torch.isfinite(trace)
+    value = torch.where(failed, math.nan, value).to(g.dtype)
+    if not need_weight:
+        return value, None
+    v = scale * torch.cholesky_inverse(factor)
+    return value, torch.where(failed[..., None, None], math.nan, v)
+
+
+def entropy_of_spectrum(lam: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """H_alpha of the eigenvalues ``(..., k)`` of rho, and f with ``d H = sum f_r d lam_r``.
+
+    f is singular at zero; eigenvalues below the rounding of the dtype are noise around zero, and
+    f takes a tenth of that rounding in their place.
+    """
+    largest = lam.amax(-1, keepdim=True)
+    floored = torch.maximum(lam, 0.1 * torch.finfo(lam.dtype).eps * largest)
+    positive = lam > 0
+    safe = torch.where(positive, lam, 1)
+    if alpha == 1:
+        h = -(safe * safe.log()).sum(-1)
+        return h, -(floored.log() + h.unsqueeze(-1))
+    if math.isinf(alpha):
+        top = torch.zeros_like(lam)
+        top[..., -1] = 1  # eigenvalues come in ascending order
+        return -lam[..., -1].log(), 1 - top / largest
+    total = torch.where(positive, safe.pow(alpha), 0).sum(-1, keepdim=True)
+    f = alpha / (1 - alpha) * (floored.pow(alpha - 1) / total - 1)
+    return total.squeeze(-1).log() / (1 - alpha), f
+
+
+def entropy_of_gram(g: Tensor, alpha: float, need_weight: bool) -> tuple[Tensor, Tensor | None]:
+    """H_alpha of ``G / tr G`` and ``V = dH/dG``."""
+    trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
+    empty = trace == 0
+    poison = trace - trace  # 0, or NaN where z had NaN or Inf
+    tau = torch.where(empty, 1, trace)
+    v = None
+    if alpha == 2:
+        square = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64).square()
+        square = torch.where(empty, 1, square)
+        h = (2 * tau.double().log() - square.log()).to(g.dtype)
+        if need_weight:
+            v = g * (-2 / square).to(g.dtype)[..., None, None]
+            v.diagonal(dim1=-2, dim2=-1).add_((2 / tau).unsqueeze(-1))
+    else:
+        rho = torch.where((poison == 0)[..., None, None], g / tau[..., None, None], 0)
+        rho.diagonal(dim1=-2, dim2=-1).add_((empty | (poison != 0)).to(g.dtype).unsqueeze(-1))
+        if need_weight:
+            lam, vectors = torch.linalg.eigh(rho)
+            h, f = entropy_of_spectrum(lam, alpha)
+            v = (vectors * (f / tau.unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT
+        else:
+            h, _ = entropy_of_spectrum(torch.linalg.eigvalsh(rho), alpha)
+    h = torch.where(empty, 0, h) + poison
+    if v is not None:
+        v = torch.where(empty[..., None, None], 0, v) + poison[..., None, None]
+    return h, v
+
+
+def fold(v: Tensor, parts: GramParts, z: Tensor, mask, samples: bool, normalize, center) -> Tensor:
+    """V -> W', see the head of this file."""
+    if not samples:
+        return 2 * v
+    g, scale, mean = parts
+    if center:
+        kept = torch.ones_like(scale) if mask is None else mask.to(v.dtype)
+        count = kept.sum(-1, keepdim=True).clamp(min=1)
+        for side in (-1, -2):
+            v = v - (v * kept.unsqueeze(-3 - side)).sum(side, keepdim=True) / count.unsqueeze(-1)
+        v = v * kept.unsqueeze(-1) * kept.unsqueeze(-2)
+    if normalize:
+        s = (v * g).sum(-1)
+        if center:
+            x, _, _ = prepared(z, mask, normalize, center)
+            s = s + (v @ (x @ mean.unsqueeze(-1))).squeeze(-1)
+        v = v - torch.diag_embed(s)
+    return 2 * scale.unsqueeze(-1) * v * scale.unsqueeze(-2)
+
+
+@full_precision
+def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, gram=gram):
+    samples = z.shape[-2] <= z.shape[-1]
+    parts = gram(z, mask, samples, normalize, center)
+    value, v = coding_rate_of_gram(parts.gram, scale, need_weight)
+    return value, fold(v, parts, z, mask, samples, normalize, center) if need_weight else None
+
+
+@full_precision
+def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram=gram):
+    samples = z.shape[-2] <= z.shape[-1]
+    if not min(z.shape[-2:]):
+        zero = z.new_zeros(z.shape[:-2], dtype=reference.accumulation_dtype(z.dtype))
+        return zero, zero.new_zeros(zero.shape + (0, 0)) if need_weight else None
+    factor = None
+    if not normalize:
+        # Entropies do not see a common factor: bring the entries to at most 1, so that their
+        # squares stay in range. W' then carries the square of the factor (or comes out of `fold`).
+        z = z.to(reference.accumulation_dtype(z.dtype))
+        entries = z if mask is None else torch.where(mask.unsqueeze(-1), z, 0)
+        largest = entries.abs().amax((-2, -1), keepdim=True)
+        factor = torch.where((largest == 0) | ~torch.isfinite(largest), 1, 1 / largest)
+        z = z * factor
+    parts = gram(z, mask, samples, normalize, center)
+    h, v = entropy_of_gram(parts.gram, alpha, need_weight)
+    if not need_weight:
+        return h, None
+    weight = fold(v, parts, z, mask, samples, normalize, center)
+    return h, weight if factor is None else weight * factor * factor
+
+
+@full_precision
+def weight_bwd(grad, z, mask, weight, normalize, center) -> Tensor:
+    """Gradient of z ``(..., n, d)``, z's dtype, from grad ``(...)`` and weight ``(..., k, k)``."""
+    weight = weight * grad[..., None, None]
+    if z.shape[-2] <= z.shape[-1]:
+        raw, _ = row_scale(z, mask, False)
+        return (weight @ raw).to(z.dtype)
+    x, scale, mean = prepared(z, mask, normalize, center)
+    y = x @ weight
+    if normalize:
+        x = x + mean.unsqueeze(-2)
+        y = y - (x * y).sum(-1, keepdim=True) * x
+        y = y * scale.unsqueeze(-1)
+    return (y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)).to(z.dtype)
+
+
+@full_precision
+def gram_bwd(grad, z, mask, parts: GramParts, samples, normalize, center) -> Tensor:
+    """Gradient of z from the gradient ``(..., k, k)`` of the Gram matrix of either side."""
+    x, scale, mean = prepared(z, mask, normalize, center)
+    symmetric = grad + grad.mT
+    y = symmetric @ x if samples else x @ symmetric
+    if center:
+        kept = y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
+        y = y - mean_row(kept, mask).unsqueeze(-2)
+    if normalize:
+        x = x + mean.unsqueeze(-2)
+        y = (y - (x * y).sum(-1, keepdim=True) * x) * scale.unsqueeze(-1)
+    return (y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)).to(z.dtype)
