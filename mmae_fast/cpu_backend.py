@@ -1,14 +1,14 @@
 """The compiled CPU backend: csrc/ for everything that fits a core's cache, LAPACK above.
 
-| quantity                 | compiled kernel            | PyTorch's LAPACK on the compiled Gram matrix |
-|--------------------------|----------------------------|----------------------------------------------|
-| Gram, alpha = 2          | every k = min(n, d)        | -                                            |
-| coding rate              | k <= COMPILED_FACTOR_MAX   | potrf, potri (threaded)                      |
-| von Neumann, other alpha | k <= COMPILED_EIGEN_MAX    | syevd                                        |
-| gradient of z            | every k                    | -                                            |
+| quantity                 | compiled kernel          | LAPACK on the compiled Gram matrix |
+|--------------------------|--------------------------|------------------------------------|
+| Gram, alpha = 2          | every k = min(n, d)      | -                                  |
+| coding rate              | k <= COMPILED_FACTOR_MAX | potrf, potri (threaded)            |
+| von Neumann, other alpha | k <= COMPILED_EIGEN_MAX  | syevd                              |
+| gradient of z            | every k                  | -                                  |
 
-Both limits are where the two sides of the table cross on two cores (benchmarks/test_bench_ops.py);
-the compiled factorisations work on one matrix per thread.
+The limits are where the two columns cross on two cores; a compiled factorisation works on one
+matrix per thread.
 """
 
 import torch

@@ -8,23 +8,18 @@ import functools
 import importlib
 from types import ModuleType
 
-import torch
-
 # In order of preference; the first that serves the call is "auto".
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 
-@functools.cache
-def extension_error() -> str | None:
-    """Why the compiled extension cannot be used, or None."""
-    try:
-        importlib.import_module("mmae_fast._C")
-    except (ImportError, OSError) as error:
-        return (
-            f"the compiled extension did not load ({error}); reinstall with "
-            "`pip install --no-build-isolation .` (a C++ compiler is needed)"
-        )
-    return None
+try:
+    importlib.import_module("mmae_fast._C")
+    EXTENSION_ERROR = None
+except (ImportError, OSError) as error:
+    EXTENSION_ERROR = (
+        f"the compiled extension did not load ({error}); reinstall with"
+        " `pip install --no-build-isolation .` (a C++ compiler is needed)"
+    )
 
 
 def refusal(backend: str, device_type: str) -> str | None:
@@ -34,7 +29,7 @@ def refusal(backend: str, device_type: str) -> str | None:
     if backend == "cpu":
         if device_type != "cpu":
             return f"it serves CPU tensors, and z is on {device_type!r}"
-        return extension_error()
+        return EXTENSION_ERROR
     if device_type != "cuda":
         return f"it serves CUDA tensors, and z is on {device_type!r}"
     return 'this version has no kernels for it yet; use backend="auto" (PyTorch\'s CUDA libraries)'

@@ -96,4 +96,5 @@ class MatrixEntropyRegularizer(nn.Module):
         return -self.weight * h
 
     def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, weight={self.weight}, mu={self.mu}, alpha={self.alpha}, center={self.center}"
+        names = ("kind", "weight", "mu", "alpha", "center")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

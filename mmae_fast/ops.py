@@ -1,28 +1,20 @@
-"""The public operations, and their registration with PyTorch.
+"""The public operations.
 
-The life of a call: validate → ``dispatch.select_backend`` → one ``torch.library`` operator, whose
-implementation is the backend's → for the backward pass z and one k x k matrix are kept → one
-backward operator → gradient in z's dtype. Operators carry fake kernels (torch.compile), vmap rules
-and autograd; the differentiable second derivative comes from reference.py, where it exists.
+The life of a call: validate (here) → ``dispatch.select_backend`` → one operator of operators.py,
+whose implementation is the backend's → for the backward pass z and one k x k matrix are kept → one
+backward operator → gradient in z's dtype.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, operators
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PRECISIONS = ("highest", "high", "medium")
 _SIDES = ("auto", "samples", "features")
-
-_library = torch.library.Library("mmae_fast", "FRAGMENT")
-
-
-# --------------------------------------------------------------------------------------------------
-# Public functions
 
 
 def fast_matrix_entropy(
@@ -47,7 +39,7 @@ def fast_matrix_entropy(
 
     without the larger Gram matrix, without autograd's copies of z, and finite at zero eigenvalues.
 
-        H_alpha(rho) = log tr(rho^alpha) / (1 - alpha),   rho = G / tr G,   G = Z Zᵀ or Zᵀ Z    [1, 2]
+        H_alpha(rho) = log tr(rho^alpha) / (1 - alpha),   rho = G / tr G,   G = Z Zᵀ or Zᵀ Z  [1, 2]
 
     Args:
         z: features, shape ``(..., n, d)``, any strides; float32, bfloat16, float16 or float64.
@@ -76,9 +68,7 @@ def fast_matrix_entropy(
     alpha = _positive("alpha", alpha, allow_inf=True)
     z, mask, backend = _validate(z, mask, precision, process_group, backend)
     need = z.requires_grad and torch.is_grad_enabled()
-    return torch.ops.mmae_fast.matrix_entropy_fwd(
-        z, mask, alpha, bool(normalize), bool(center), need, backend
-    )[0]
+    return operators.matrix_entropy(z, mask, alpha, bool(normalize), bool(center), need, backend)[0]
 
 
 def fast_coding_rate(
@@ -117,9 +107,7 @@ def fast_coding_rate(
     scale = _positive("scale", scale)
     z, mask, backend = _validate(z, mask, precision, process_group, backend)
     need = z.requires_grad and torch.is_grad_enabled()
-    return torch.ops.mmae_fast.coding_rate_fwd(
-        z, mask, scale, bool(normalize), bool(center), need, backend
-    )[0]
+    return operators.coding_rate(z, mask, scale, bool(normalize), bool(center), need, backend)[0]
 
 
 def fast_gram(
@@ -151,7 +139,7 @@ def fast_gram(
         raise ValueError(f"side must be one of {_SIDES}, got {side!r}")
     z, mask, backend = _validate(z, mask, precision, None, backend)
     samples = side == "samples" or (side == "auto" and z.shape[-2] <= z.shape[-1])
-    return torch.ops.mmae_fast.gram_fwd(z, mask, samples, bool(normalize), bool(center), backend)[0]
+    return operators.gram(z, mask, samples, bool(normalize), bool(center), backend)[0]
 
 
 def effective_rank(
@@ -167,9 +155,8 @@ def effective_rank(
     """Effective rank ``exp(H_1)`` of features, between 1 and min(n, d); differentiable.
 
     Equivalent to ``fast_matrix_entropy(z, 1.0, ...).exp()``, arguments and errors included. The
-    spectrum is that of the Gram matrix, as in Diff-eRank (with ``center=True`` up to its order of
-    centring, see losses.py); RankMe puts the singular values of z in its place, which is a different
-    number.
+    spectrum is that of the Gram matrix, as in Diff-eRank (which centres before it normalises);
+    RankMe puts the singular values of z in its place, which is a different number.
 
     [1] Roy, Vetterli, The effective rank, EUSIPCO 2007.
     """
@@ -221,230 +208,3 @@ def _validate(z, mask, precision, process_group, backend) -> tuple[Tensor, Tenso
             f"process_group is not supported yet, got {process_group!r}; gather z first"
         )
     return z, mask, dispatch.select_backend(backend, z.device.type)
-
-
-# --------------------------------------------------------------------------------------------------
-# Operators
-
-
-def _k(z: Tensor, samples: bool | None = None) -> int:
-    n, d = z.shape[-2:]
-    if samples is None:
-        return min(n, d)
-    return n if samples else d
-
-
-def _empty(z: Tensor, *shape: int) -> Tensor:
-    """An accumulation-dtype tensor of z's batch shape and more."""
-    dtype = reference.accumulation_dtype(z.dtype)
-    return z.new_empty(z.shape[:-2] + shape, dtype=dtype)
-
-
-def _weight_or_empty(z: Tensor, need: bool) -> Tensor:
-    return _empty(z, _k(z), _k(z)) if need else z.new_empty(0, dtype=_empty(z[..., :0, :0]).dtype)
-
-
-def _gram_fwd(z, mask, samples, normalize, center, backend):
-    return tuple(dispatch.module(backend).gram(z, mask, samples, normalize, center))
-
-
-def _gram_fwd_fake(z, mask, samples, normalize, center, backend):
-    k = _k(z, samples)
-    return _empty(z, k, k), _empty(z, z.shape[-2]), _empty(z, z.shape[-1])
-
-
-def _gram_bwd(grad, z, mask, gram, scale, mean, samples, normalize, center, backend):
-    module = dispatch.module(backend)
-    parts = module.GramParts(gram, scale, mean)
-    return module.gram_bwd(grad, z, mask, parts, samples, normalize, center)
-
-
-def _spectral_fwd(name: str) -> Callable:
-    def forward(z, mask, parameter, normalize, center, need_weight, backend):
-        run = getattr(dispatch.module(backend), name)
-        value, weight = run(z, mask, parameter, normalize, center, need_weight)
-        return value, value.new_empty(0) if weight is None else weight
-
-    return forward
-
-
-def _spectral_fwd_fake(z, mask, parameter, normalize, center, need_weight, backend):
-    return _empty(z), _weight_or_empty(z, need_weight)
-
-
-def _spectral_bwd(grad, z, mask, weight, parameter, normalize, center, backend):
-    return dispatch.module(backend).weight_bwd(grad, z, mask, weight, normalize, center)
-
-
-def _grad_fake(grad, z, *rest):
-    return torch.empty_like(z, memory_format=torch.contiguous_format)
-
-
-def _vmap(op):
-    """vmap over a leading dimension: operators take any leading dimensions already."""
-
-    def rule(info, in_dims, *args):
-        batched = [
-            arg
-            if not isinstance(arg, Tensor)
-            else arg.movedim(dim, 0)
-            if dim is not None
-            else arg.expand(info.batch_size, *arg.shape)
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        out = op(*batched)
-        if isinstance(out, Tensor):
-            return out, 0
-        # The empty stand-in for an unwanted weight has no batch dimension.
-        dims = tuple(
-            0 if o.dim() and o.shape[0] == info.batch_size and o.numel() else None for o in out
-        )
-        return out, dims
-
-    return rule
-
-
-def _register(name: str, schema: str, implementation, fake) -> Callable:
-    _library.define(f"{name}{schema}")
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    qualified = f"mmae_fast::{name}"
-    torch.library.register_fake(qualified, fake, lib=_library)
-    op = getattr(torch.ops.mmae_fast, name).default
-    torch.library.register_vmap(qualified, _vmap(op), lib=_library)
-    return op
-
-
-def _second_order(value_of: Callable, unsupported: str | None):
-    """Backward of a backward operator: differentiate the gradient of the plain PyTorch expression.
-
-    ``value_of(z, mask, ctx)`` is that expression. Slower than the first derivative, and exact.
-    """
-
-    def setup(ctx, inputs, output):
-        grad, z, mask = inputs[:3]
-        ctx.save_for_backward(grad, z, mask)
-        ctx.arguments = inputs[3:]
-
-    def backward(ctx, cotangent):
-        if unsupported and unsupported_here(ctx):
-            raise NotImplementedError(unsupported)
-        grad, z, mask = ctx.saved_tensors
-
-        def gradient(g, x):
-            _, pull = torch.func.vjp(lambda y: value_of(y, mask, ctx.arguments), x)
-            return pull(g)[0]
-
-        _, pull = torch.func.vjp(gradient, grad, z)
-        grad_grad, grad_z = pull(cotangent)
-        return (grad_grad, grad_z) + (None,) * (len(ctx.arguments) + 1)
-
-    def unsupported_here(ctx):
-        return ctx.arguments[1] != 2.0
-
-    torch.library.register_autograd
-    return setup, backward
-
-
-_gram_fwd_op = _register(
-    "gram_fwd",
-    "(Tensor z, Tensor? mask, bool samples, bool normalize, bool center, str backend)"
-    " -> (Tensor gram, Tensor scale, Tensor mean)",
-    _gram_fwd,
-    _gram_fwd_fake,
-)
-_gram_bwd_op = _register(
-    "gram_bwd",
-    "(Tensor grad, Tensor z, Tensor? mask, Tensor gram, Tensor scale, Tensor mean, bool samples,"
-    " bool normalize, bool center, str backend) -> Tensor",
-    _gram_bwd,
-    _grad_fake,
-)
-
-
-def _gram_setup(ctx, inputs, output):
-    z, mask, *ctx.arguments = inputs
-    ctx.save_for_backward(z, mask, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _gram_backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 6
-    grad_z = _gram_bwd_op(grad, *ctx.saved_tensors, *ctx.arguments)
-    return (grad_z,) + (None,) * 5
-
-
-torch.library.register_autograd(
-    "mmae_fast::gram_fwd", _gram_backward, setup_context=_gram_setup, lib=_library
-)
-
-
-def _gram_value(z, mask, arguments):
-    samples, normalize, center = arguments[3:6]
-    side = "samples" if samples else "features"
-    return reference.gram(z, side=side, normalize=normalize, center=center, mask=mask)
-
-
-def _register_spectral(name: str, parameter: str, value_of: Callable, unsupported: str | None):
-    forward = _register(
-        f"{name}_fwd",
-        f"(Tensor z, Tensor? mask, float {parameter}, bool normalize, bool center, bool need_weight,"
-        " str backend) -> (Tensor value, Tensor weight)",
-        _spectral_fwd(f"{name}_fwd"),
-        _spectral_fwd_fake,
-    )
-    backward = _register(
-        f"{name}_bwd",
-        f"(Tensor grad, Tensor z, Tensor? mask, Tensor weight, float {parameter}, bool normalize,"
-        " bool center, str backend) -> Tensor",
-        _spectral_bwd,
-        _grad_fake,
-    )
-
-    def setup(ctx, inputs, output):
-        z, mask, parameter, normalize, center, need_weight, backend = inputs
-        ctx.save_for_backward(z, mask, output[1])
-        ctx.arguments = (parameter, normalize, center, backend)
-        ctx.has_weight = need_weight
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx, grad, _):
-        if grad is None:
-            return (None,) * 7
-        z, mask, weight = ctx.saved_tensors
-        if not ctx.has_weight:  # z became differentiable behind the public function's back
-            parameter, normalize, center, backend = ctx.arguments
-            weight = forward(z.detach(), mask, parameter, normalize, center, True, backend)[1]
-        return (backward(grad, z, mask, weight.detach(), *ctx.arguments),) + (None,) * 6
-
-    torch.library.register_autograd(
-        f"mmae_fast::{name}_fwd", differentiate, setup_context=setup, lib=_library
-    )
-    second_setup, second_backward = _second_order(value_of, unsupported)
-    torch.library.register_autograd(
-        f"mmae_fast::{name}_bwd", second_backward, setup_context=second_setup, lib=_library
-    )
-
-
-def _entropy_value(z, mask, arguments):
-    _, alpha, normalize, center, _ = arguments
-    return reference.matrix_entropy(z, alpha, normalize=normalize, center=center, mask=mask)
-
-
-def _coding_rate_value(z, mask, arguments):
-    _, scale, normalize, center, _ = arguments
-    return reference.coding_rate(z, scale, normalize=normalize, center=center, mask=mask)
-
-
-_setup, _backward = _second_order(_gram_value, None)
-torch.library.register_autograd(
-    "mmae_fast::gram_bwd", _backward, setup_context=_setup, lib=_library
-)
-_register_spectral("coding_rate", "scale", _coding_rate_value, None)
-_register_spectral(
-    "matrix_entropy",
-    "alpha",
-    _entropy_value,
-    "the second derivative of a matrix entropy is offered for alpha = 2 only: the others need the"
-    " derivative of an eigendecomposition, which does not exist at repeated eigenvalues",
-)

@@ -2,7 +2,7 @@
 
 It serves devices without kernels of their own, and matrices too large for the compiled kernels,
 where the vendor's factorisations are the right tool. What is kept for the backward pass is the
-k x k matrix ``weight``, in the convention that all backends share (derived in csrc/cpu/kernels.inl):
+k x k matrix ``weight``, in the convention of all backends (derived in csrc/cpu/kernels.inl):
 
     V = d value / dG,   C = V with rows and columns centred (if centred),   D = Diag(||z_i||)
     samples side:   W' = 2 D⁻¹ (C - Diag(s)) D⁻¹,  s_i = ẑ_i·(C Ẑ)_i,   grad Z = grad · W' Z
@@ -40,7 +40,7 @@ def full_precision(function):
 
 
 def row_scale(z: Tensor, mask: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
-    """z in the accumulation dtype with dropped rows zero, and 1 / row norm (1 if not normalised)."""
+    """z in the accumulation dtype, dropped rows zero; and 1 / row norm (1 if not normalised)."""
     z = z.to(reference.accumulation_dtype(z.dtype))
     if mask is not None:
         z = torch.where(mask.unsqueeze(-1), z, 0)
@@ -176,7 +176,7 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram=gram
     samples = z.shape[-2] <= z.shape[-1]
     if not min(z.shape[-2:]):
         zero = z.new_zeros(z.shape[:-2], dtype=reference.accumulation_dtype(z.dtype))
-        return zero, zero.new_zeros(zero.shape + (0, 0)) if need_weight else None
+        return zero, zero.new_zeros((*zero.shape, 0, 0)) if need_weight else None
     factor = None
     if not normalize:
         # Entropies do not see a common factor: bring the entries to at most 1, so that their
