@@ -139,56 +139,123 @@ void rotate_rows(T* vt, int64_t lda, int64_t width, const T* c, const T* s, int6
   }
 }
 
-// Implicit QL on the tridiagonal (d, e): d becomes the eigenvalues, unordered. With vt, its rows
-// (on entry the rows of Qᵀ) become the eigenvectors. c, s: k each. False without convergence.
+// Implicit QL on a tridiagonal (d, e), one sweep at a time: d becomes the eigenvalues, unordered.
+// With vt, its rows (on entry the rows of Qᵀ) become the eigenvectors.
+//
+// A sweep is a chain of dependent square roots and divisions, which leaves most of a core idle; so
+// ql() below advances several matrices at once and only the state is kept here.
 template <class T>
-bool tridiagonal_ql(double* d, double* e, int64_t k, T* vt, int64_t lda, T* c, T* s) {
-  if (k == 0) return true;
-  double norm = 0;
-  for (int64_t i = 0; i < k; ++i)
-    norm = std::max(norm, std::abs(d[i]) + (i + 1 < k ? std::abs(e[i]) : 0));
-  // Off-diagonals below this move no eigenvalue by more than a small part of the rounding of T.
-  const double tolerance =
-      norm * double(std::numeric_limits<T>::epsilon()) * (sizeof(T) == 4 ? 0.02 : 0.5);
-  e[k - 1] = 0;
-  for (int64_t l = 0; l < k; ++l) {
-    for (int iteration = 0;; ++iteration) {
-      int64_t m = l;
-      while (m + 1 < k && std::abs(e[m]) > tolerance) ++m;
-      if (m == l) break;
-      if (iteration == 60) return false;
-      double g = (d[l + 1] - d[l]) / (2 * e[l]);
-      const double root = std::sqrt(g * g + 1);
-      g = d[m] - d[l] + e[l] / (g + (g >= 0 ? root : -root));
-      double sine = 1, cosine = 1, shift = 0;
-      int64_t i = m - 1;
-      for (; i >= l; --i) {
-        const double f = sine * e[i], b = cosine * e[i];
-        const double r = std::sqrt(f * f + g * g);
-        e[i + 1] = r;
-        if (r == 0) {  // the matrix has split here
-          d[i + 1] -= shift;
-          e[m] = 0;
-          break;
-        }
-        const double inverse = 1 / r;
-        sine = f * inverse;
-        cosine = g * inverse;
-        g = d[i + 1] - shift;
-        const double t = (d[i] - g) * sine + 2 * cosine * b;
-        shift = sine * t;
-        d[i + 1] = g + shift;
-        g = cosine * t - b;
-        c[i] = T(cosine);
-        s[i] = T(sine);
-      }
-      const bool split = i >= l;
-      if (vt && i + 1 <= m - 1) rotate_rows(vt, lda, round_up(k, kLanes<T>), c, s, i + 1, m);
-      if (split) continue;
-      d[l] -= shift;
-      e[l] = g;
-      e[m] = 0;
-    }
+struct QlState {
+  double *d, *e;
+  int64_t k, lda;
+  T *vt, *c, *s;  // c, s: the rotations of the current sweep, k each
+  double tolerance = 0, g = 0, sine = 1, cosine = 1, shift = 0;
+  int64_t l = 0, m = 0, i = 0;  // block [l, m], next rotation in the plane (i, i + 1)
+  int iteration = 0;
+  bool failed = false;
+
+  QlState(double* diagonal, double* off, int64_t order, T* vectors, int64_t ld, T* cosines,
+          T* sines)
+      : d(diagonal), e(off), k(order), lda(ld), vt(vectors), c(cosines), s(sines) {
+    double norm = 0;
+    for (int64_t j = 0; j < k; ++j)
+      norm = std::max(norm, std::abs(d[j]) + (j + 1 < k ? std::abs(e[j]) : 0));
+    // Off-diagonals below this move no eigenvalue by more than a small part of the rounding of T.
+    tolerance = norm * double(std::numeric_limits<T>::epsilon()) * (sizeof(T) == 4 ? 0.02 : 0.5);
+    if (k > 0) e[k - 1] = 0;
   }
-  return true;
+
+  // Sets up the next sweep; false when all eigenvalues are found, or one does not converge.
+  bool begin_sweep() {
+    for (; l < k; ++l, iteration = 0) {
+      m = l;
+      while (m + 1 < k && std::abs(e[m]) > tolerance) ++m;
+      if (m > l) break;
+    }
+    if (l >= k) return false;
+    if (++iteration > 60) {
+      failed = true;
+      return false;
+    }
+    const double q = (d[l + 1] - d[l]) / (2 * e[l]);
+    const double root = std::sqrt(q * q + 1);
+    g = d[m] - d[l] + e[l] / (q + (q >= 0 ? root : -root));
+    sine = cosine = 1;
+    shift = 0;
+    i = m - 1;
+    return true;
+  }
+
+  void end_sweep() {
+    d[l] -= shift;
+    e[l] = g;
+    e[m] = 0;
+    if (vt) rotate_rows(vt, lda, round_up(k, kLanes<T>), c, s, l, m);
+  }
+};
+
+// `count` rotations of each of N sweeps, interleaved.
+template <class T, int N>
+inline void advance(QlState<T>* const* states, int64_t count) {
+  double g[N], sine[N], cosine[N], shift[N];
+  for (int n = 0; n < N; ++n) {
+    g[n] = states[n]->g;
+    sine[n] = states[n]->sine;
+    cosine[n] = states[n]->cosine;
+    shift[n] = states[n]->shift;
+  }
+  for (int64_t step = 0; step < count; ++step)
+    for (int n = 0; n < N; ++n) {
+      QlState<T>& q = *states[n];
+      const int64_t i = q.i--;
+      const double f = sine[n] * q.e[i], b = cosine[n] * q.e[i];
+      const double r = std::sqrt(f * f + g[n] * g[n]);
+      // r = 0: nothing to annihilate, and any rotation will do.
+      const double inverse = r == 0 ? 0 : 1 / r;
+      q.e[i + 1] = r;
+      sine[n] = f * inverse;
+      cosine[n] = r == 0 ? 1 : g[n] * inverse;
+      const double h = q.d[i + 1] - shift[n];
+      const double t = (q.d[i] - h) * sine[n] + 2 * cosine[n] * b;
+      shift[n] = sine[n] * t;
+      q.d[i + 1] = h + shift[n];
+      g[n] = cosine[n] * t - b;
+      q.c[i] = T(cosine[n]);
+      q.s[i] = T(sine[n]);
+    }
+  for (int n = 0; n < N; ++n) {
+    states[n]->g = g[n];
+    states[n]->sine = sine[n];
+    states[n]->cosine = cosine[n];
+    states[n]->shift = shift[n];
+  }
+}
+
+constexpr int kQlGroup = 4;
+
+// Runs up to kQlGroup eigenproblems to their end.
+template <class T>
+void ql(QlState<T>* states, int count) {
+  QlState<T>* active[kQlGroup];
+  int n = 0;
+  for (int j = 0; j < count; ++j)
+    if (states[j].begin_sweep()) active[n++] = &states[j];
+  while (n > 0) {
+    int64_t steps = active[0]->i - active[0]->l + 1;
+    for (int j = 1; j < n; ++j) steps = std::min(steps, active[j]->i - active[j]->l + 1);
+    if (n == 4) advance<T, 4>(active, steps);
+    if (n == 3) advance<T, 3>(active, steps);
+    if (n == 2) advance<T, 2>(active, steps);
+    if (n == 1) advance<T, 1>(active, steps);
+    int kept = 0;
+    for (int j = 0; j < n; ++j) {
+      QlState<T>* q = active[j];
+      if (q->i < q->l) {
+        q->end_sweep();
+        if (!q->begin_sweep()) continue;
+      }
+      active[kept++] = q;
+    }
+    n = kept;
+  }
 }

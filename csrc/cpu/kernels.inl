@@ -325,61 +325,6 @@ double entropy_of_spectrum(const double* lam, int64_t k, double alpha, T* f) {
   return std::log(sum) / (1 - alpha);
 }
 
-template <class S, class T>
-void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t begin, int64_t end,
-                   const Executor& executor) {
-  static thread_local Scratch scratch;
-  for (int64_t index = begin; index < end; ++index) {
-    scratch.reset();
-    Gram<S, T> gram(f, index, f.samples(), true, executor, scratch);
-    const int64_t k = gram.k, ld = gram.ldg;
-    T* w = weight ? weight + index * k * k : nullptr;
-    const double tau = trace_of(gram.g, k, ld);
-    if (tau == 0) {  // no rows, or only zero rows: entropy 0 by convention
-      value[index] = 0;
-      if (w) std::memset(w, 0, size_t(k * k) * sizeof(T));
-      continue;
-    }
-    double h = std::numeric_limits<double>::quiet_NaN();
-    T* v = nullptr;
-    if (std::isfinite(tau)) {
-      if (w || alpha != 2) mirror_upper(gram.g, k, ld);
-      if (w || alpha != 2) v = scratch.take<T>(ld * ld);
-      if (alpha == 2) {
-        h = renyi2(gram.g, k, ld, tau, v);
-      } else {
-        double* lam = scratch.take<double>(k);
-        double* off = scratch.take<double>(k);
-        T* tau_h = scratch.take<T>(k);
-        T* work = scratch.take<T>(3 * ld);
-        const T inverse = T(1 / tau);
-        std::memset(v, 0, size_t(ld * ld) * sizeof(T));
-        for (int64_t i = 0; i < k; ++i)
-          for (int64_t j = 0; j < k; ++j) v[i * ld + j] = inverse * gram.g[i * ld + j];
-        tridiagonalize(v, k, ld, lam, off, tau_h, work);
-        T* vt = nullptr;
-        if (w) {
-          vt = scratch.take<T>(ld * ld);
-          form_q(v, k, ld, tau_h, vt, work);
-          for (int64_t i = 0; i < k; ++i)
-            for (int64_t j = 0; j < i; ++j) std::swap(vt[i * ld + j], vt[j * ld + i]);
-        }
-        if (tridiagonal_ql(lam, off, k, vt, ld, scratch.take<T>(k), scratch.take<T>(k))) {
-          T* spectral = w ? scratch.take<T>(k) : nullptr;
-          h = entropy_of_spectrum<T>(lam, k, alpha, spectral);
-          if (w) spectral_matrix(vt, spectral, T(1 / tau), k, ld, v, scratch);
-        }
-      }
-    }
-    value[index] = T(h);
-    if (!w) continue;
-    if (std::isfinite(h))
-      gram.fold(v, w, scratch);
-    else
-      fill_nan(w, k * k);
-  }
-}
-
 // v = factor · sum_r f_r v_r v_rᵀ with v_r the rows of vt; full, symmetric.
 template <class T>
 void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T* v,
@@ -392,6 +337,92 @@ void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T
       tile_of_width<T, true, Write::kSet>(int(std::min<int64_t>(NV, (ld - j) / kLanes<T>)), k,
                                           left + i, ld, vt + j, ld, v + i * ld + j, ld);
   mirror_upper(v, k, ld);
+}
+
+// One matrix of entropy_range between its Gram matrix and its value.
+template <class S, class T>
+struct EntropyTask {
+  Gram<S, T> gram;
+  double tau, h = std::numeric_limits<double>::quiet_NaN();
+  T *v = nullptr, *vt = nullptr;
+
+  EntropyTask(const Features& f, int64_t index, const Executor& executor, Scratch& scratch)
+      : gram(f, index, f.samples(), true, executor, scratch),
+        tau(trace_of(gram.g, gram.k, gram.ldg)) {}
+
+  // The tridiagonal form of rho, and the rows of Qᵀ if V is wanted.
+  QlState<T> reduce(bool want_vectors, Scratch& scratch) {
+    const int64_t k = gram.k, ld = gram.ldg;
+    double* lam = scratch.take<double>(k);
+    double* off = scratch.take<double>(k);
+    T* factor = scratch.take<T>(k);
+    T* work = scratch.take<T>(3 * ld);
+    const T inverse = T(1 / tau);
+    std::memset(v, 0, size_t(ld * ld) * sizeof(T));
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j < k; ++j) v[i * ld + j] = inverse * gram.g[i * ld + j];
+    tridiagonalize(v, k, ld, lam, off, factor, work);
+    if (want_vectors) {
+      vt = scratch.take<T>(ld * ld);
+      form_q(v, k, ld, factor, vt, work);
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < i; ++j) std::swap(vt[i * ld + j], vt[j * ld + i]);
+    }
+    return QlState<T>(lam, off, k, vt, ld, scratch.take<T>(k), scratch.take<T>(k));
+  }
+};
+
+template <class S, class T>
+void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t begin, int64_t end,
+                   const Executor& executor) {
+  static thread_local Scratch scratch;
+  const int64_t k = f.k(), group = alpha == 2 ? 1 : kQlGroup;
+  for (int64_t first = begin; first < end; first += group) {
+    scratch.reset();
+    const int64_t last = std::min(first + group, end);
+    std::vector<EntropyTask<S, T>> tasks;
+    std::vector<QlState<T>> states;
+    tasks.reserve(size_t(group));
+    states.reserve(size_t(group));
+    for (int64_t index = first; index < last; ++index) {
+      tasks.emplace_back(f, index, executor, scratch);
+      EntropyTask<S, T>& task = tasks.back();
+      const int64_t ld = task.gram.ldg;
+      // tau = 0: no rows, or only zero rows. tau not finite: h stays NaN.
+      if (task.tau == 0 || !std::isfinite(task.tau)) continue;
+      if (weight || alpha != 2) {
+        mirror_upper(task.gram.g, k, ld);
+        task.v = scratch.take<T>(ld * ld);
+      }
+      if (alpha == 2)
+        task.h = renyi2(task.gram.g, k, ld, task.tau, weight ? task.v : nullptr);
+      else
+        states.push_back(task.reduce(weight != nullptr, scratch));
+    }
+    ql(states.data(), int(states.size()));
+    size_t at = 0;
+    for (int64_t index = first; index < last; ++index) {
+      EntropyTask<S, T>& task = tasks[size_t(index - first)];
+      T* w = weight ? weight + index * k * k : nullptr;
+      if (task.tau == 0) {  // entropy 0 by convention
+        value[index] = 0;
+        if (w) std::memset(w, 0, size_t(k * k) * sizeof(T));
+        continue;
+      }
+      if (alpha != 2 && std::isfinite(task.tau)) {
+        const QlState<T>& q = states[at++];
+        if (!q.failed) {
+          T* spectral = w ? scratch.take<T>(k) : nullptr;
+          task.h = entropy_of_spectrum<T>(q.d, k, alpha, spectral);
+          if (w)
+            spectral_matrix(q.vt, spectral, T(1 / task.tau), k, task.gram.ldg, task.v, scratch);
+        }
+      }
+      value[index] = T(task.h);
+      if (w && std::isfinite(task.h)) task.gram.fold(task.v, w, scratch);
+      if (w && !std::isfinite(task.h)) fill_nan(w, k * k);
+    }
+  }
 }
 
 // grad_z of one matrix on the samples side: grad · W' z, raw z.

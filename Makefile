@@ -1,0 +1,67 @@
+# make demo | test | lint | bench | gpu | abi-check | clean       (README.md explains each)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test lint bench gpu abi-check sanitize clean data
+
+# The environment, and the extension in it; rebuilt when a C++ source changes.
+# torch and torchvision come in one command: their builds must match.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "mmae_fast needs Python >= 3.10; set PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+$(VENV)/.requirements: pyproject.toml | $(BIN)/python
+	$(PIP) install -q "torch>=2.11" torchvision "setuptools>=77" wheel ninja
+	@touch $@
+$(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e ".[test,lint]"
+	@touch $@
+
+# Real labelled images for the demo, from the distribution where that is possible.
+FASHION := /usr/share/datasets/fashion-mnist
+data:
+	@if [ ! -e $(FASHION) ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing the Debian package dataset-fashion-mnist"; \
+	  { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist; } >/dev/null 2>&1 \
+	    || echo "That package is not to be had here; the demo will look elsewhere"; \
+	fi
+
+demo: $(VENV)/.installed data
+	$(BIN)/mmae demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/report.py
+
+# On a machine with a GPU; uses the python3 that has torch there, installs nothing.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+# One wheel, unchanged, on the oldest supported torch and the newest.
+abi-check: $(VENV)/.installed
+	rm -rf .abi/dist && mkdir -p .abi
+	$(PIP) wheel -q --no-build-isolation --no-deps -w .abi/dist .
+	for torch in oldest:torch==2.11.* newest:torch; do \
+	  env=.abi/$${torch%%:*}; \
+	  test -x $$env/bin/python || $(PYTHON) -m venv $$env; \
+	  $$env/bin/python -m pip install -q --disable-pip-version-check "$${torch#*:}" numpy pytest hypothesis && \
+	  $$env/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .abi/dist/*.whl && \
+	  $$env/bin/python -c 'import torch, mmae_fast._C as c; print("torch", torch.__version__, "loads", c.__file__)' && \
+	  $$env/bin/pytest -q $(OP_TESTS) || exit 1; \
+	done
+OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,reference ops accuracy autograd dispatch))
+
+clean:
+	rm -rf build *.egg-info mmae_fast/*.so .abi runs
