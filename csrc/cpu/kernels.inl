@@ -25,60 +25,13 @@ namespace MMAE_ISA {
 #include "gemm.h"
 #include "factor.h"
 #include "eigen.h"
+#include "threads.h"
 #include "rows.h"
 
 // Depth of a packed block: panels of a few hundred columns then fit a typical second-level cache.
 constexpr int64_t kDepthBlock = 512;
 // Above this, LAPACK's divide and conquer (with its own threads) is the better eigensolver.
 constexpr int64_t kMaxEigen = 256;
-
-// One thread's scratch memory, grown on demand and kept, carved into aligned pieces.
-class Scratch {
- public:
-  template <class T>
-  T* take(int64_t count) {
-    const size_t bytes = size_t(round_up(count * int64_t(sizeof(T)), 64)) + 64;
-    if (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size) ++block_, used_ = 0;
-    while (block_ < blocks_.size() && bytes > blocks_[block_].size) ++block_;
-    if (block_ == blocks_.size()) {
-      const size_t size = std::max<size_t>(bytes, size_t(1) << 20);
-      blocks_.push_back({std::unique_ptr<char[]>(new char[size + 64]), size});
-      used_ = 0;
-    }
-    char* base = blocks_[block_].memory.get();
-    base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
-    T* p = reinterpret_cast<T*>(base + used_);
-    used_ += bytes - 64;
-    return p;
-  }
-  void reset() { block_ = 0, used_ = 0; }
-
- private:
-  struct Block {
-    std::unique_ptr<char[]> memory;
-    size_t size;
-  };
-  std::vector<Block> blocks_;
-  size_t block_ = 0, used_ = 0;
-};
-
-// Runs a loop on this thread, or shares it among the pool's threads.
-struct Executor {
-  ParallelFor parallel;  // null: this thread
-  template <class F>
-  void run(int64_t count, int64_t grain, const F& f) const {
-    if (!parallel) {
-      if (count > 0) f(int64_t(0), count);
-      return;
-    }
-    parallel(
-        count, grain,
-        [](int64_t begin, int64_t end, void* context) {
-          (*static_cast<const F*>(context))(begin, end);
-        },
-        const_cast<void*>(static_cast<const void*>(&f)));
-  }
-};
 
 // Leading dimension and row count of a k x k work matrix: whole register tiles in both directions.
 template <class T>
@@ -89,25 +42,20 @@ int64_t padded(int64_t k) {
 // G (+ zero padding) of the prepared rows: upper triangle of k x k, leading dimension padded(k).
 template <class S, class T>
 void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* g,
-                const Executor& executor, Scratch& scratch) {
+                const Executor& executor) {
+  Memory memory;
   const int64_t k = samples ? rows.n : rows.d, depth_total = samples ? rows.d : rows.n;
   const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>);
   const int64_t block = std::min(depth_total, kDepthBlock);
-  T* packed = scratch.take<T>(panels * NR<T> * std::max<int64_t>(block, 1));
+  T* packed = memory.take<T>(panels * NR<T> * std::max<int64_t>(block, 1));
   if (depth_total == 0 || ldg != round_up(k, kLanes<T>))
     std::memset(g, 0, size_t(ldg * ldg) * sizeof(T));
   for (int64_t at = 0; at < depth_total; at += block) {
     const int64_t depth = std::min(block, depth_total - at);
     executor.run(panels, 1, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<T[]> own;
-      T* buffer;
-      const int64_t need = samples ? kLanes<T> * round_up(depth, kLanes<T>) : (end - begin) * NR<T>;
-      if (executor.parallel) {
-        own.reset(new T[need]);
-        buffer = own.get();
-      } else {
-        buffer = scratch.take<T>(need);
-      }
+      Memory inner;
+      T* buffer =
+          inner.take<T>(samples ? kLanes<T> * round_up(depth, kLanes<T>) : (end - begin) * NR<T>);
       if (samples) {
         for (int64_t p = begin; p < end; ++p)
           pack_samples(rows, scale, mean, p * NR<T>, at, at + depth, packed + p * NR<T> * depth,
@@ -148,16 +96,14 @@ struct Gram {
   T *scale, *mean, *g;
 
   Gram(const Features& f, int64_t index, bool samples_side, bool scale_free,
-       const Executor& executor, Scratch& scratch)
+       const Executor& executor, Memory& memory)
       : rows(f, index), samples(samples_side), k(samples_side ? f.n : f.d), ldg(padded<T>(k)) {
-    scale = scratch.take<T>(f.n + kLanes<T>);
-    mean = scratch.take<T>(round_up(f.d, NR<T>) + kLanes<T>);
-    g = scratch.take<T>(ldg * ldg);
-    T* buffer = scratch.take<T>(f.d);
-    const T common = scale_free && !f.normalize ? power_of_two_scale(rows, buffer) : T(1);
-    kept = prepare(rows, common, scale, mean, buffer);
-    common_scale = common;
-    gram_upper(rows, samples, scale, mean, g, executor, scratch);
+    scale = memory.take<T>(f.n + kLanes<T>);
+    mean = memory.take<T>(round_up(f.d, NR<T>) + kLanes<T>);
+    g = memory.take<T>(ldg * ldg);
+    common_scale = scale_free && !f.normalize ? power_of_two_scale(rows) : T(1);
+    kept = prepare(rows, common_scale, scale, mean, executor);
+    gram_upper(rows, samples, scale, mean, g, executor);
     // The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
     if (samples && f.normalize && !f.center)
       for (int64_t i = 0; i < k; ++i)
@@ -168,7 +114,8 @@ struct Gram {
 
   // v: V on entry (full, leading dimension ldg), W' on return to weight (k x k, contiguous).
   // g must hold the full Gram matrix if rows are normalised on the samples side.
-  void fold(T* v, T* weight, Scratch& scratch) const {
+  void fold(T* v, T* weight) const {
+    Memory memory;
     if (!samples) {
       const T factor = 2 * common_scale * common_scale;
       for (int64_t i = 0; i < k; ++i)
@@ -177,9 +124,9 @@ struct Gram {
     }
     T* along_mean = nullptr;  // ẑ_i (centred) · mean: the part of ẑ_i that G does not see
     if (rows.center) {
-      center_both_sides(v, scratch);
-      along_mean = scratch.take<T>(k);
-      T* buffer = scratch.take<T>(rows.d);
+      center_both_sides(v);
+      along_mean = memory.take<T>(k);
+      T* buffer = memory.take<T>(rows.d);
       const double mean2 = dot(mean, mean, rows.d);
       for (int64_t i = 0; i < k; ++i)
         along_mean[i] =
@@ -202,8 +149,9 @@ struct Gram {
 
  private:
   // V <- P V P with P the projection that subtracts the mean over the kept rows.
-  void center_both_sides(T* v, Scratch& scratch) const {
-    T* row_mean = scratch.take<T>(k);
+  void center_both_sides(T* v) const {
+    Memory memory;
+    T* row_mean = memory.take<T>(k);
     double total = 0;
     for (int64_t i = 0; i < k; ++i) {
       double sum = 0;
@@ -239,24 +187,24 @@ void shifted(const T* g, T factor, int64_t k, int64_t ldg, T* a) {
 // Returns false where I + cG is not positive definite in T, or z is not finite.
 template <class S, class T, class Out>
 bool coding_rate_one(const Features& f, int64_t index, double c, Out* value, Out* weight,
-                     const Executor& executor, Scratch& scratch) {
-  scratch.reset();
-  Gram<S, T> gram(f, index, f.samples(), false, executor, scratch);
+                     const Executor& executor) {
+  Memory memory;
+  Gram<S, T> gram(f, index, f.samples(), false, executor, memory);
   const int64_t k = gram.k, ld = gram.ldg;
   if (!std::isfinite(trace_of(gram.g, k, ld))) return false;
   if (weight) mirror_upper(gram.g, k, ld);
-  T* a = scratch.take<T>(ld * ld);
+  T* a = memory.take<T>(ld * ld);
   shifted(gram.g, T(c), k, ld, a);
-  const double log_det = sweep(a, k, ld, weight != nullptr, scratch.take<T>(2 * MR * ld));
+  const double log_det = sweep(a, k, ld, weight != nullptr, memory.take<T>(2 * MR * ld));
   if (!std::isfinite(log_det)) return false;
   *value = Out(log_det);
   if (!weight) return true;
   for (int64_t i = 0; i < k * ld; ++i) a[i] *= T(c);
   if constexpr (std::is_same_v<T, Out>) {
-    gram.fold(a, weight, scratch);
+    gram.fold(a, weight);
   } else {
-    T* wide = scratch.take<T>(k * k);
-    gram.fold(a, wide, scratch);
+    T* wide = memory.take<T>(k * k);
+    gram.fold(a, wide);
     for (int64_t i = 0; i < k * k; ++i) weight[i] = Out(wide[i]);
   }
   return true;
@@ -265,14 +213,13 @@ bool coding_rate_one(const Features& f, int64_t index, double c, Out* value, Out
 template <class S, class T>
 void coding_rate_range(const Features& f, double c, T* value, T* weight, int64_t begin, int64_t end,
                        const Executor& executor) {
-  static thread_local Scratch scratch;
   for (int64_t i = begin; i < end; ++i) {
     T* w = weight ? weight + i * f.k() * f.k() : nullptr;
-    if (coding_rate_one<S, T>(f, i, c, value + i, w, executor, scratch)) continue;
+    if (coding_rate_one<S, T>(f, i, c, value + i, w, executor)) continue;
     // Rounding of a float32 Gram matrix can push I + cG out of the positive cone when
     // c · lambda_max exceeds 1e7; float64 has the digits to spare.
     if constexpr (sizeof(T) == 4)
-      if (coding_rate_one<S, double>(f, i, c, value + i, w, executor, scratch)) continue;
+      if (coding_rate_one<S, double>(f, i, c, value + i, w, executor)) continue;
     fill_nan(value + i, 1);
     if (w) fill_nan(w, f.k() * f.k());
   }
@@ -327,9 +274,9 @@ double entropy_of_spectrum(const double* lam, int64_t k, double alpha, T* f) {
 
 // v = factor · sum_r f_r v_r v_rᵀ with v_r the rows of vt; full, symmetric.
 template <class T>
-void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T* v,
-                     Scratch& scratch) {
-  T* left = scratch.take<T>(k * ld);
+void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T* v) {
+  Memory memory;
+  T* left = memory.take<T>(k * ld);
   for (int64_t r = 0; r < k; ++r)
     for (int64_t j = 0; j < ld; ++j) left[r * ld + j] = factor * f[r] * vt[r * ld + j];
   for (int64_t i = 0; i < round_up(k, MR); i += MR)
@@ -346,58 +293,57 @@ struct EntropyTask {
   double tau, h = std::numeric_limits<double>::quiet_NaN();
   T *v = nullptr, *vt = nullptr;
 
-  EntropyTask(const Features& f, int64_t index, const Executor& executor, Scratch& scratch)
-      : gram(f, index, f.samples(), true, executor, scratch),
+  EntropyTask(const Features& f, int64_t index, const Executor& executor, Memory& memory)
+      : gram(f, index, f.samples(), true, executor, memory),
         tau(trace_of(gram.g, gram.k, gram.ldg)) {}
 
   // The tridiagonal form of rho, and the rows of Qᵀ if V is wanted.
-  QlState<T> reduce(bool want_vectors, Scratch& scratch) {
+  QlState<T> reduce(bool want_vectors, Memory& memory) {
     const int64_t k = gram.k, ld = gram.ldg;
-    double* lam = scratch.take<double>(k);
-    double* off = scratch.take<double>(k);
-    T* factor = scratch.take<T>(k);
-    T* work = scratch.take<T>(3 * ld);
+    double* lam = memory.take<double>(k);
+    double* off = memory.take<double>(k);
+    T* factor = memory.take<T>(k);
+    T* work = memory.take<T>(3 * ld);
     const T inverse = T(1 / tau);
     std::memset(v, 0, size_t(ld * ld) * sizeof(T));
     for (int64_t i = 0; i < k; ++i)
       for (int64_t j = 0; j < k; ++j) v[i * ld + j] = inverse * gram.g[i * ld + j];
     tridiagonalize(v, k, ld, lam, off, factor, work);
     if (want_vectors) {
-      vt = scratch.take<T>(ld * ld);
+      vt = memory.take<T>(ld * ld);
       form_q(v, k, ld, factor, vt, work);
       for (int64_t i = 0; i < k; ++i)
         for (int64_t j = 0; j < i; ++j) std::swap(vt[i * ld + j], vt[j * ld + i]);
     }
-    return QlState<T>(lam, off, k, vt, ld, scratch.take<T>(k), scratch.take<T>(k));
+    return QlState<T>(lam, off, k, vt, ld, memory.take<T>(k), memory.take<T>(k));
   }
 };
 
 template <class S, class T>
 void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t begin, int64_t end,
                    const Executor& executor) {
-  static thread_local Scratch scratch;
   const int64_t k = f.k(), group = alpha == 2 ? 1 : kQlGroup;
   for (int64_t first = begin; first < end; first += group) {
-    scratch.reset();
+    Memory memory;
     const int64_t last = std::min(first + group, end);
     std::vector<EntropyTask<S, T>> tasks;
     std::vector<QlState<T>> states;
     tasks.reserve(size_t(group));
     states.reserve(size_t(group));
     for (int64_t index = first; index < last; ++index) {
-      tasks.emplace_back(f, index, executor, scratch);
+      tasks.emplace_back(f, index, executor, memory);
       EntropyTask<S, T>& task = tasks.back();
       const int64_t ld = task.gram.ldg;
       // tau = 0: no rows, or only zero rows. tau not finite: h stays NaN.
       if (task.tau == 0 || !std::isfinite(task.tau)) continue;
       if (weight || alpha != 2) {
         mirror_upper(task.gram.g, k, ld);
-        task.v = scratch.take<T>(ld * ld);
+        task.v = memory.take<T>(ld * ld);
       }
       if (alpha == 2)
         task.h = renyi2(task.gram.g, k, ld, task.tau, weight ? task.v : nullptr);
       else
-        states.push_back(task.reduce(weight != nullptr, scratch));
+        states.push_back(task.reduce(weight != nullptr, memory));
     }
     ql(states.data(), int(states.size()));
     size_t at = 0;
@@ -412,14 +358,13 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
       if (alpha != 2 && std::isfinite(task.tau)) {
         const QlState<T>& q = states[at++];
         if (!q.failed) {
-          T* spectral = w ? scratch.take<T>(k) : nullptr;
+          T* spectral = w ? memory.take<T>(k) : nullptr;
           task.h = entropy_of_spectrum<T>(q.d, k, alpha, spectral);
-          if (w)
-            spectral_matrix(q.vt, spectral, T(1 / task.tau), k, task.gram.ldg, task.v, scratch);
+          if (w) spectral_matrix(q.vt, spectral, T(1 / task.tau), k, task.gram.ldg, task.v);
         }
       }
       value[index] = T(task.h);
-      if (w && std::isfinite(task.h)) task.gram.fold(task.v, w, scratch);
+      if (w && std::isfinite(task.h)) task.gram.fold(task.v, w);
       if (w && !std::isfinite(task.h)) fill_nan(w, k * k);
     }
   }
@@ -428,16 +373,15 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
 // grad_z of one matrix on the samples side: grad · W' z, raw z.
 template <class S, class T>
 void weight_bwd_samples(const Features& f, int64_t index, T grad, const T* weight, S* out,
-                        const Executor& executor, Scratch& scratch) {
-  scratch.reset();
+                        const Executor& executor) {
+  Memory memory;
   const Rows<S, T> rows(f, index);
   const int64_t n = f.n, d = f.d, tiles = ceil_div(n, MR);
-  T* w = scratch.take<T>(tiles * MR * n);
+  T* w = memory.take<T>(tiles * MR * n);
   for (int64_t i = 0; i < n * n; ++i) w[i] = grad * weight[i];
   std::memset(w + n * n, 0, size_t((tiles * MR - n) * n) * sizeof(T));
   executor.run(ceil_div(d, NR<T>), 1, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch inner;
-    inner.reset();
+    Memory inner;
     T* panel = inner.take<T>(n * NR<T>);
     T* buffer = inner.take<T>(NR<T>);
     T* c = inner.take<T>(MR * NR<T>);
@@ -466,23 +410,22 @@ void weight_bwd_samples(const Features& f, int64_t index, T grad, const T* weigh
 // grad_z on the features side: y_i = ẑ_i W', then grad · (y_i - (ẑ_i · y_i) ẑ_i) / ||z_i||.
 template <class S, class T>
 void weight_bwd_features(const Features& f, int64_t index, T grad, const T* weight, S* out,
-                         const Executor& executor, Scratch& scratch) {
+                         const Executor& executor) {
   constexpr int64_t kRowBlock = 6 * MR;  // so that a panel of W' is used six times per load
-  scratch.reset();
+  Memory memory;
   const Rows<S, T> rows(f, index);
   const int64_t n = f.n, d = f.d, panels = ceil_div(d, NR<T>), ld = panels * NR<T>;
-  T* scale = scratch.take<T>(n);
-  T* mean = scratch.take<T>(ld);
-  prepare(rows, T(1), scale, mean, scratch.take<T>(d));
-  T* packed = scratch.take<T>(ld * d);
+  T* scale = memory.take<T>(n);
+  T* mean = memory.take<T>(ld);
+  prepare(rows, T(1), scale, mean, executor);
+  T* packed = memory.take<T>(ld * d);
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t r = 0; r < d; ++r)
       for (int64_t j = 0; j < NR<T>; ++j)
         packed[p * NR<T> * d + r * NR<T> + j] =
             p * NR<T> + j < d ? grad * weight[r * d + p * NR<T> + j] : T(0);
   executor.run(ceil_div(n, kRowBlock), 1, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch inner;
-    inner.reset();
+    Memory inner;
     T* x = inner.take<T>(kRowBlock * ld);
     T* y = inner.take<T>(kRowBlock * ld);
     for (int64_t b = begin; b < end; ++b) {
@@ -566,10 +509,9 @@ void gram(const Features& f, bool samples, void* out, void* inverse_norm, void* 
     using T = decltype(t);
     const int64_t k = samples ? f.n : f.d;
     over_batch(f, parallel, k * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
-      static thread_local Scratch scratch;
       for (int64_t i = begin; i < end; ++i) {
-        scratch.reset();
-        const Gram<decltype(s), T> one(f, i, samples, false, executor, scratch);
+        Memory memory;
+        const Gram<decltype(s), T> one(f, i, samples, false, executor, memory);
         mirror_upper(one.g, k, one.ldg);
         T* to = static_cast<T*>(out) + i * k * k;
         for (int64_t r = 0; r < k; ++r)
@@ -587,15 +529,14 @@ void weight_bwd(const Features& f, const void* grad, const void* weight, void* g
     using S = decltype(s);
     using T = decltype(t);
     over_batch(f, parallel, f.k() * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
-      static thread_local Scratch scratch;
       for (int64_t i = begin; i < end; ++i) {
         const T g = static_cast<const T*>(grad)[i];
         const T* w = static_cast<const T*>(weight) + i * f.k() * f.k();
         S* out = static_cast<S*>(grad_z) + i * f.n * f.d;
         if (f.samples())
-          weight_bwd_samples<S, T>(f, i, g, w, out, executor, scratch);
+          weight_bwd_samples<S, T>(f, i, g, w, out, executor);
         else
-          weight_bwd_features<S, T>(f, i, g, w, out, executor, scratch);
+          weight_bwd_features<S, T>(f, i, g, w, out, executor);
       }
     });
   });

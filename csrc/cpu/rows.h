@@ -73,34 +73,46 @@ inline T inverse_norm(const T* x, int64_t n) {
 
 // A prepared row is scale[i] · z_i - mean, and zero where the row is dropped. Fills scale (n: the
 // inverse norm, or common_scale without normalisation; 0 for dropped rows) and mean
-// (round_up(d, NR); zeros unless centred). Returns the number of rows kept. buffer: d.
+// (round_up(d, NR); zeros unless centred). Returns the number of rows kept.
 template <class S, class T>
-int64_t prepare(const Rows<S, T>& rows, T common_scale, T* scale, T* mean, T* buffer) {
+int64_t prepare(const Rows<S, T>& rows, T common_scale, T* scale, T* mean,
+                const Executor& executor) {
   std::memset(mean, 0, round_up(rows.d, NR<T>) * sizeof(T));
-  int64_t kept = 0;
-  for (int64_t i = 0; i < rows.n; ++i) {
-    scale[i] = 0;
-    if (!rows.kept(i)) continue;
-    ++kept;
-    if (!rows.normalize && !rows.center) {
-      scale[i] = common_scale;
-      continue;
+  executor.run(rows.n, 64, [&](int64_t begin, int64_t end) {
+    Memory memory;
+    T* buffer = memory.take<T>(rows.d);
+    for (int64_t i = begin; i < end; ++i) {
+      scale[i] = 0;
+      if (!rows.kept(i)) continue;
+      scale[i] =
+          rows.normalize ? inverse_norm(rows.fetch(i, 0, rows.d, buffer), rows.d) : common_scale;
     }
-    const T* x = rows.fetch(i, 0, rows.d, buffer);
-    scale[i] = rows.normalize ? inverse_norm(x, rows.d) : common_scale;
-    if (!rows.center) continue;
-    const T s = scale[i];
-    for (int64_t j = 0; j < rows.d; ++j) mean[j] += s * x[j];
-  }
-  if (rows.center && kept)
-    for (int64_t j = 0; j < rows.d; ++j) mean[j] /= T(kept);
+  });
+  int64_t kept = 0;
+  for (int64_t i = 0; i < rows.n; ++i) kept += rows.kept(i);
+  if (!rows.center || kept == 0) return kept;
+  // Shared by columns, so that the order of summation does not depend on the number of threads.
+  constexpr int64_t kColumns = 256;
+  executor.run(ceil_div(rows.d, kColumns), 1, [&](int64_t begin, int64_t end) {
+    Memory memory;
+    T* buffer = memory.take<T>(rows.d);
+    const int64_t c0 = begin * kColumns, c1 = std::min(end * kColumns, rows.d);
+    for (int64_t i = 0; i < rows.n; ++i) {
+      if (!rows.kept(i)) continue;
+      const T* x = rows.fetch(i, c0, c1, buffer);
+      for (int64_t j = c0; j < c1; ++j) mean[j] += scale[i] * x[j - c0];
+    }
+    for (int64_t j = c0; j < c1; ++j) mean[j] /= T(kept);
+  });
   return kept;
 }
 
 // The largest power of two that brings the entries to at most 1: entropies do not see a common
 // factor, so rows that are not normalised are scaled by it before their squares can overflow.
 template <class S, class T>
-T power_of_two_scale(const Rows<S, T>& rows, T* buffer) {
+T power_of_two_scale(const Rows<S, T>& rows) {
+  Memory memory;
+  T* buffer = memory.take<T>(rows.d);
   double largest = 0;
   for (int64_t i = 0; i < rows.n; ++i) {
     if (!rows.kept(i)) continue;

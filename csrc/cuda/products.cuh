@@ -1,0 +1,255 @@
+// The batched products around the k x k matrices, and the row statistics that they need.
+//
+//     row_scale:   scale_i = 1 / ||z_i|| (1 without normalisation), 0 for dropped rows
+//     row_mean:    m = mean over the rows kept of scale_i z_i (0 unless centred)
+//     gram:        G = Ẑ Ẑᵀ or Ẑᵀ Ẑ,  ẑ_i = scale_i z_i - m, dropped rows 0
+//     samples_bwd: grad_z = grad · W' z                      (raw z: W' holds all the rest)
+//     features_bwd: y_i = ẑ_i W',  grad_z_i = grad · scale_i (y_i - ((ẑ_i + m)·y_i) (ẑ_i + m))
+//
+// Ẑ is never written: rows are scaled and centred on their way into shared memory, and the
+// projection is an epilogue on the accumulators. gram computes the tiles of one triangle and writes
+// each twice, so that the result is exactly symmetric. Sums run in two levels (kFlushDepth).
+#pragma once
+#include "rows.cuh"
+
+namespace mmae {
+namespace cuda {
+
+// scale (batch, n). Grid: one warp per row, kMaxThreads threads.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) row_scale_kernel(const Features f, T* scale) {
+  const int64_t at = int64_t(blockIdx.x) * (kMaxThreads / kWarp) + threadIdx.x / kWarp;
+  if (at >= f.batch * f.n) return;  // whole warps leave
+  const Rows<T> rows(f, at / f.n);
+  const int lane = int(threadIdx.x) % kWarp;
+  const int64_t row = at % f.n;
+  const bool kept = rows.kept(row);
+  const T s = !kept ? T(0) : f.normalize ? rows.inverse_norm(row, lane) : T(1);
+  if (lane == 0) scale[at] = s;
+}
+
+// scale (batch, n) → mean (batch, d). Grid: batch x ceil(d / kWarp); each warp sums every eighth
+// row of kWarp columns. Shared memory: kMeanShared bytes.
+constexpr int kMeanWarps = kMaxThreads / kWarp;
+constexpr int kMeanShared = kMeanWarps * (kWarp + 2) * 8;
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    row_mean_kernel(const Features f, const T* scale, T* mean) {
+  const int64_t panels = ceil_div(f.d, kWarp), index = blockIdx.x / panels;
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const int64_t j = int64_t(blockIdx.x) % panels * kWarp + lane;
+  const Rows<T> rows(f, index);
+  const Shared<double> sums = shared_array<double>(0, kMeanWarps * kWarp);
+  const Shared<double> counts = shared_array<double>(kMeanWarps * kWarp * 8, kMeanWarps);
+  double sum = 0, count = 0;
+  if (f.center)
+    for (int64_t i = warp; i < f.n; i += kMeanWarps)
+      if (rows.kept(i)) {
+        count += 1;
+        if (j < f.d) sum += scale[index * f.n + i] * rows.load(i, j);
+      }
+  sums[warp * kWarp + lane] = sum;
+  if (lane == 0) counts[warp] = count;
+  __syncthreads();  // the first warp adds what all of them found
+  if (warp > 0 || j >= f.d) return;
+  for (int w = 1; w < kMeanWarps; ++w) {
+    sum += sums[w * kWarp + lane];
+    count += counts[w];
+  }
+  mean[index * f.d + j] = count > 0 ? T(sum / count) : T(0);
+}
+
+// One thread's 4 x 4 entries of a kTile x kTile tile: rows ty + 16 r, columns tx + 16 c.
+template <class T>
+struct TileSums {
+  static constexpr int R = ProductPlan::kRegister, kSide = ProductPlan::kSide;
+  T sums[R][R] = {}, total[R][R] = {};
+
+  // left, right: (depth, ld), staged.
+  MMAE_DEVICE void add(const ProductPlan& plan, Shared<T> left, Shared<T> right, int ty, int tx) {
+#pragma unroll 2
+    for (int p = 0; p < plan.depth; ++p) {
+      T a[R], b[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        a[r] = left[p * plan.ld + ty + kSide * r];
+        b[r] = right[p * plan.ld + tx + kSide * r];
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int c = 0; c < R; ++c) sums[r][c] += a[r] * b[c];
+    }
+  }
+  MMAE_DEVICE void flush() {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int c = 0; c < R; ++c) {
+        total[r][c] += sums[r][c];
+        sums[r][c] = 0;
+      }
+  }
+};
+
+// scale (batch, n), mean (batch, d) or null → out (batch, k, k), k = n (samples) or d. Grid: batch
+// x tiles x tiles blocks of ProductPlan::kThreads, of which those below the diagonal leave at once.
+template <class T>
+__global__ void __launch_bounds__(ProductPlan::kThreads, 2)
+    gram_kernel(const Features f, const ProductPlan plan, bool samples, const T* scale,
+                const T* mean, T* out) {
+  constexpr int kTile = ProductPlan::kTile, kSide = ProductPlan::kSide;
+  const int64_t k = samples ? f.n : f.d, length = samples ? f.d : f.n, tiles = ceil_div(k, kTile);
+  const int64_t index = blockIdx.x / (tiles * tiles), tile = blockIdx.x % (tiles * tiles);
+  const int64_t i0 = tile / tiles * kTile, j0 = tile % tiles * kTile;
+  if (i0 > j0) return;
+  const Rows<T> rows(f, index);
+  scale += index * f.n;
+  if (mean) mean += index * f.d;
+  const Shared<T> left = shared_array<T>(plan.left, plan.depth * plan.ld);
+  const Shared<T> right = shared_array<T>(plan.right, plan.depth * plan.ld);
+  const int t = int(threadIdx.x), ty = t / kSide, tx = t % kSide;
+  TileSums<T> tile_sums;
+  for (int64_t at = 0; at < length; at += plan.depth) {
+    for (int e = t; e < kTile * plan.depth; e += ProductPlan::kThreads) {
+      const int p = samples ? e % plan.depth : e / kTile, i = samples ? e / plan.depth : e % kTile;
+      left[p * plan.ld + i] = samples ? rows.prepared(i0 + i, at + p, scale, mean)
+                                      : rows.prepared(at + p, i0 + i, scale, mean);
+      right[p * plan.ld + i] = samples ? rows.prepared(j0 + i, at + p, scale, mean)
+                                       : rows.prepared(at + p, j0 + i, scale, mean);
+    }
+    __syncthreads();  // both operands are complete
+    tile_sums.add(plan, left, right, ty, tx);
+    if ((at + plan.depth) % kFlushDepth == 0) tile_sums.flush();
+    __syncthreads();  // and read, before the next step overwrites them
+  }
+  tile_sums.flush();
+  out += index * k * k;
+#pragma unroll
+  for (int r = 0; r < TileSums<T>::R; ++r)
+#pragma unroll
+    for (int c = 0; c < TileSums<T>::R; ++c) {
+      const int64_t i = i0 + ty + kSide * r, j = j0 + tx + kSide * c;
+      if (i >= k || j >= k) continue;
+      T g = tile_sums.total[r][c];
+      // The diagonal of normalised rows is 1 by definition.
+      if (i == j && samples && f.normalize && !f.center && scale[i] > T(0)) g = 1;
+      out[i * k + j] = g;
+      if (i0 != j0) out[j * k + i] = g;
+    }
+}
+
+// grad (batch), weight W' (batch, n, n) → grad_z (batch, n, d). Grid: batch x row tiles x column
+// tiles.
+template <class T>
+__global__ void __launch_bounds__(ProductPlan::kThreads, 2)
+    samples_bwd_kernel(const Features f, const ProductPlan plan, const T* grad, const T* weight,
+                       void* grad_z) {
+  constexpr int kTile = ProductPlan::kTile, kSide = ProductPlan::kSide;
+  const int64_t across = ceil_div(f.d, kTile), tiles = ceil_div(f.n, kTile) * across;
+  const int64_t index = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int64_t i0 = tile / across * kTile, j0 = tile % across * kTile;
+  const Rows<T> rows(f, index);
+  weight += index * f.n * f.n;
+  const Shared<T> left = shared_array<T>(plan.left, plan.depth * plan.ld);
+  const Shared<T> right = shared_array<T>(plan.right, plan.depth * plan.ld);
+  const int t = int(threadIdx.x), ty = t / kSide, tx = t % kSide;
+  TileSums<T> tile_sums;
+  for (int64_t at = 0; at < f.n; at += plan.depth) {
+    for (int e = t; e < kTile * plan.depth; e += ProductPlan::kThreads) {
+      int p = e % plan.depth, i = e / plan.depth;
+      left[p * plan.ld + i] = i0 + i < f.n && at + p < f.n ? weight[(i0 + i) * f.n + at + p] : T(0);
+      p = e / kTile, i = e % kTile;
+      right[p * plan.ld + i] =
+          at + p < f.n && j0 + i < f.d && rows.kept(at + p) ? rows.load(at + p, j0 + i) : T(0);
+    }
+    __syncthreads();  // both operands are complete
+    tile_sums.add(plan, left, right, ty, tx);
+    if ((at + plan.depth) % kFlushDepth == 0) tile_sums.flush();
+    __syncthreads();  // and read, before the next step overwrites them
+  }
+  tile_sums.flush();
+#pragma unroll
+  for (int r = 0; r < TileSums<T>::R; ++r)
+#pragma unroll
+    for (int c = 0; c < TileSums<T>::R; ++c) {
+      const int64_t i = i0 + ty + kSide * r, j = j0 + tx + kSide * c;
+      if (i < f.n && j < f.d)
+        store(grad_z, f.dtype, (index * f.n + i) * f.d + j, grad[index] * tile_sums.total[r][c]);
+    }
+}
+
+// grad (batch), weight W' (batch, d, d), scale (batch, n), mean (batch, d) or null → grad_z (batch,
+// n, d), d <= max_order. Grid: batch x ceil(n / kRows); a block has whole rows, so the projection
+// needs only a sum over the 16 threads that share them. C = rows_tile: columns per thread.
+template <class T, int C>
+__global__ void __launch_bounds__(RowsPlan::kThreads)
+    features_bwd_kernel(const Features f, const RowsPlan plan, const T* grad, const T* weight,
+                        const T* scale, const T* mean, void* grad_z) {
+  constexpr int kRows = RowsPlan::kRows, kSide = RowsPlan::kSide, R = kRows / kSide;
+  constexpr int ldx = kRows + 1;
+  const int64_t blocks = ceil_div(f.n, kRows), index = blockIdx.x / blocks;
+  const int64_t i0 = int64_t(blockIdx.x) % blocks * kRows;
+  const int d = int(f.d), ldw = plan.width + 1;
+  const Rows<T> rows(f, index);
+  weight += index * d * d;
+  scale += index * f.n;
+  if (mean) mean += index * d;
+  const Shared<T> x = shared_array<T>(plan.x, d * ldx);
+  const Shared<T> w = shared_array<T>(plan.w, plan.depth * ldw);
+  const int t = int(threadIdx.x), ty = t / kSide, tx = t % kSide;
+  for (int e = t; e < d * kRows; e += RowsPlan::kThreads)
+    x[e % d * ldx + e / d] = rows.prepared(i0 + e / d, e % d, scale, mean);
+  T y[R][C] = {};
+  for (int at = 0; at < d; at += plan.depth) {
+    const int steps = d - at < plan.depth ? d - at : plan.depth;
+    for (int e = t; e < steps * plan.width; e += RowsPlan::kThreads) {
+      const int p = e / plan.width, j = e % plan.width;
+      w[p * ldw + j] = j < d ? weight[(at + p) * d + j] : T(0);
+    }
+    __syncthreads();  // this step of W' and, at first, x are complete
+    for (int p = 0; p < steps; ++p) {
+      T a[R], b[C];
+#pragma unroll
+      for (int r = 0; r < R; ++r) a[r] = x[(at + p) * ldx + ty + kSide * r];
+#pragma unroll
+      for (int c = 0; c < C; ++c) b[c] = w[p * ldw + tx + kSide * c];
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int c = 0; c < C; ++c) y[r][c] += a[r] * b[c];
+    }
+    __syncthreads();  // w has been read, before the next step overwrites it
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int row = ty + kSide * r;
+    double part = 0;
+    if (f.normalize)
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const int j = tx + kSide * c;
+        if (j >= d) continue;
+        const T unit = x[j * ldx + row] + (mean ? mean[j] : T(0));
+        part += double(unit) * y[r][c];
+      }
+    const T along = T(warp_reduce(part, Sum{}, kSide / 2));
+    if (i0 + row >= f.n) continue;
+    const bool kept = rows.kept(i0 + row);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int j = tx + kSide * c;
+      if (j >= d) continue;
+      T g = 0;
+      if (kept) {
+        const T unit = x[j * ldx + row] + (mean ? mean[j] : T(0));
+        g = grad[index] * scale[i0 + row] * (y[r][c] - along * unit);
+      }
+      store(grad_z, f.dtype, (index * f.n + i0 + row) * d + j, g);
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace mmae

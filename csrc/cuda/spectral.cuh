@@ -1,0 +1,354 @@
+// Features to (value, W') in one kernel, one block per matrix, for k = min(n, d) up to max_order.
+//
+//     G = Ẑ Ẑᵀ (n <= d, "samples") or Ẑᵀ Ẑ ("features"), Ẑ the prepared rows
+//     coding rate:  value = log det A, A = I + cG,            V = c A⁻¹
+//     Rényi-2:      value = 2 log tr G - log ||G||²,          V = 2 / tr G · I - 2 / ||G||² · G
+//     W' = 2 D⁻¹ (C - Diag(s)) D⁻¹ with C = V centred on both sides, s_i = ẑ_i · (C Ẑ)_i (samples)
+//     W' = 2 V (features)                     (csrc/cpu/kernels.inl derives it)
+//
+// Only z is read and only value and W' are written: norms, mean, Ẑ, G, the factor and V stay in the
+// block. Per matrix: n d k multiply-adds for G (both triangles: the register tiles are square),
+// k³/2 for A⁻¹ or k³/6 for log det alone, and 2 k² + depth · width numbers of shared memory.
+//
+// The product runs in steps of `depth` columns (samples) or rows (features): raw entries → scaled
+// and centred in shared memory → side x side threads with R x R accumulators each. A is
+// factorised by the symmetric sweep operator, one pivot p at a time, u = A_:p, P = 1 / u_p:
+//     A_ij -= u_i P u_j (i, j ≠ p),   A_ip = P u_i,   A_pp = -P;    in the end A holds -A⁻¹,
+// log det A = Σ log u_p. Without the inverse only i, j > p are swept. Every pivot of I + cG is at
+// least 1 in exact arithmetic, so rounding is not allowed to take it below.
+//
+// Precision: arithmetic T = float32 (float64 for float64) on any storage type; traces, means, sums
+// of squares and of logs in float64. No atomics: bitwise reproducible.
+#pragma once
+#include "rows.cuh"
+
+namespace mmae {
+namespace cuda {
+
+enum class Quantity { kCodingRate, kRenyi2 };
+
+template <class T>
+struct SpectralBlock {
+  const Rows<T> rows;
+  const bool samples, normalize, center;
+  const int k, ld, side, width, lds, depth;  // as in SpectralPlan; lds = width + 1
+  const int t, lane, warp, warps;
+  const Shared<T> square, stage, scale, keep, mean, along, column, pivot;
+  const Shared<double> partial;
+  T common = 1;      // scale of rows that are not normalised
+  double count = 0;  // rows kept; counted if centred
+
+  MMAE_DEVICE SpectralBlock(const Features& f, const SpectralPlan& p, int64_t index)
+      : rows(f, index), samples(f.n <= f.d), normalize(f.normalize), center(f.center), k(p.k),
+        ld(p.ld), side(p.side), width(p.width), lds(p.width + 1), depth(p.depth),
+        t(int(threadIdx.x)), lane(t % kWarp), warp(t / kWarp), warps(int(blockDim.x) / kWarp),
+        square(shared_array<T>(p.square, p.k * p.ld)),
+        stage(shared_array<T>(p.stage, p.depth * (p.width + 1))),
+        scale(shared_array<T>(p.scale, p.k > p.depth ? p.k : p.depth)),
+        keep(shared_array<T>(p.keep, p.k > p.depth ? p.k : p.depth)),
+        mean(shared_array<T>(p.mean, p.k > p.depth ? p.k : p.depth)),
+        along(shared_array<T>(p.along, p.k)), column(shared_array<T>(p.column, 2 * p.k)),
+        pivot(shared_array<T>(p.pivot, p.k)),
+        partial(shared_array<double>(p.partial, p.threads / kWarp)) {}
+
+  MMAE_DEVICE int g_at(int i, int j) const { return i <= j ? i * ld + j + 1 : j * ld + i + 1; }
+  MMAE_DEVICE int a_at(int i, int j) const { return i >= j ? i * ld + j : j * ld + i; }
+
+  // scale[r], keep[r] of rows first + r, r < rows_wanted; one warp per row.
+  MMAE_DEVICE void scale_rows(int64_t first, int rows_wanted) {
+    for (int r = warp; r < rows_wanted; r += warps) {
+      const int64_t row = first + r;
+      const bool kept = row < rows.n && rows.kept(row);
+      const T s = !kept ? T(0) : normalize ? rows.inverse_norm(row, lane) : common;
+      if (lane == 0) {
+        scale[r] = s;
+        keep[r] = kept ? T(1) : T(0);
+      }
+    }
+  }
+
+  MMAE_DEVICE void count_rows() {
+    double part = 0;
+    for (int64_t i = t; i < rows.n; i += blockDim.x) part += rows.kept(i);
+    count = block_reduce(part, Sum{}, partial);
+  }
+
+  // Mean row on the features side: a pass of its own over the rows, thread j sums column j.
+  MMAE_DEVICE void mean_of_features() {
+    double sum = 0;
+    for (int64_t at = 0; at < rows.n; at += depth) {
+      scale_rows(at, depth);
+      __syncthreads();  // scale and keep of this step are complete
+      if (t < k)
+        for (int p = 0; p < depth; ++p)
+          if (keep[p] != T(0)) sum += scale[p] * rows.load(at + p, t);
+      __syncthreads();  // and read, before the next step (or the product) overwrites them
+    }
+    if (t < k) mean[t] = count > 0 ? T(sum / count) : T(0);
+  }
+
+  // stage[p][i]: entry (row i, column at + p) of Ẑ on the samples side, not centred yet;
+  // (row at + p, column i), centred, on the features side. Zero outside of the matrix.
+  MMAE_DEVICE void load_stage(int64_t at) {
+    const int entries = width * depth;
+    for (int e = t; e < entries; e += int(blockDim.x)) {
+      // Neighbouring threads read neighbouring columns of z.
+      const int p = samples ? e % depth : e / width, i = samples ? e / depth : e % width;
+      const int r = samples ? i : p;
+      T x = 0;
+      if (i < k && (samples ? at + p < rows.d : at + p < rows.n) && keep[r] != T(0)) {
+        x = scale[r] * (samples ? rows.load(i, at + p) : rows.load(at + p, i));
+        if (!samples && center) x -= mean[i];
+      }
+      stage[p * lds + i] = x;
+    }
+  }
+
+  // Samples side: subtracts the mean of each staged column from the rows kept. Returns this
+  // thread's (t < k) part of along[t] = (ẑ_t - m) · m, the part of ẑ_t that G does not see.
+  MMAE_DEVICE T center_stage() {
+    for (int p = warp; p < depth; p += warps) {
+      double sum = 0;
+      for (int i = lane; i < k; i += kWarp) sum += stage[p * lds + i];
+      sum = warp_reduce(sum, Sum{});
+      if (lane == 0) mean[p] = count > 0 ? T(sum / count) : T(0);
+    }
+    __syncthreads();  // means are complete, and no warp still sums a column that changes below
+    T part = 0;
+    if (t < k && keep[t] != T(0))
+      for (int p = 0; p < depth; ++p) {
+        const T x = stage[p * lds + t] - mean[p];
+        stage[p * lds + t] = x;
+        part += x * mean[p];
+      }
+    __syncthreads();  // the product reads columns that other threads centred
+    return part;
+  }
+
+  // Upper triangle of G into `square`. Expects scale and keep of all rows on the samples side.
+  template <int R>
+  MMAE_DEVICE void gram() {
+    const int ty = t / side, tx = t % side;
+    const int64_t total = samples ? rows.d : rows.n;
+    T sums[R][R] = {};
+    T along_part = 0;
+    bool first = true;
+    int64_t flush_at = kFlushDepth;
+    for (int64_t at = 0; at < total; at += depth) {
+      if (!samples) scale_rows(at, depth);
+      __syncthreads();  // scale, keep and mean are written; the last step's stage has been read
+      load_stage(at);
+      __syncthreads();  // the stage is complete
+      if (samples && center) along_part += center_stage();
+#pragma unroll 2
+      for (int p = 0; p < depth; ++p) {
+        T left[R], right[R];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          left[r] = stage[p * lds + ty + side * r];
+          right[r] = stage[p * lds + tx + side * r];
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int c = 0; c < R; ++c) sums[r][c] += left[r] * right[c];
+      }
+      if (at + depth >= flush_at || at + depth >= total) {
+        flush_at += kFlushDepth;
+        flush<R>(sums, ty, tx, first);
+        first = false;
+      }
+    }
+    if (samples && center && t < k) along[t] = along_part;
+    __syncthreads();  // G and along are complete
+  }
+
+  // Adds the accumulators to G and clears them. Entries belong to one thread: no barrier.
+  template <int R>
+  MMAE_DEVICE void flush(T (&sums)[R][R], int ty, int tx, bool first) {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int c = 0; c < R; ++c) {
+        const int i = ty + side * r, j = tx + side * c;
+        if (i <= j && j < k) {
+          T g = sums[r][c];
+          if (!first) g += square[i * ld + j + 1];
+          // The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
+          if (i == j && samples && normalize && !center && scale[i] > T(0)) g = 1;
+          square[i * ld + j + 1] = g;
+        }
+        sums[r][c] = 0;
+      }
+  }
+
+  MMAE_DEVICE double trace() {
+    double part = 0;
+    for (int i = t; i < k; i += int(blockDim.x)) part += square[i * ld + i + 1];
+    return block_reduce(part, Sum{}, partial);
+  }
+
+  // log det(I + cG); with `invert`, the lower triangle becomes -(I + cG)⁻¹.
+  MMAE_DEVICE double factorize(T c, bool invert) {
+    for (int i = warp; i < k; i += warps)
+      for (int j = lane; j <= i; j += kWarp) {
+        const T a = c * square[j * ld + i + 1] + (i == j ? T(1) : T(0));
+        square[i * ld + j] = a;
+        if (j == 0) column[i] = a;
+      }
+    __syncthreads();  // A and its first column are complete
+    for (int p = 0; p < k; ++p) {
+      const int u = p % 2 * k, next = k - u;
+      T head = column[u + p];
+      if (head < T(1)) head = 1;  // NaN stays
+      const T inverse = T(1) / head;
+      if (t == 0) pivot[p] = head;
+      const int start = invert ? 0 : p + 1;
+      for (int i = start + warp; i < k; i += warps) {
+        const T ui = column[u + i] * inverse;
+        for (int j = start + lane; j <= i; j += kWarp) {
+          T a;
+          if (i == p)
+            a = j == p ? -inverse : column[u + j] * inverse;
+          else if (j == p)
+            a = ui;
+          else
+            a = square[i * ld + j] - ui * column[u + j];
+          square[i * ld + j] = a;
+          if (j == p + 1)
+            column[next + i] = a;
+          else if (i == p + 1)
+            column[next + j] = a;
+        }
+      }
+      __syncthreads();  // the next pivot column is complete, and this one has been read
+    }
+    double part = 0;
+    for (int i = t; i < k; i += int(blockDim.x)) part += log(double(pivot[i]));
+    return block_reduce(part, Sum{}, partial);
+  }
+
+  // ||G||², float64.
+  MMAE_DEVICE double square_norm() {
+    double part = 0;
+    for (int i = warp; i < k; i += warps)
+      for (int j = i + lane; j < k; j += kWarp) {
+        const double g = square[i * ld + j + 1];
+        part += i == j ? g * g : 2 * g * g;
+      }
+    return block_reduce(part, Sum{}, partial);
+  }
+
+  // Lower triangle = V of Rényi-2.
+  MMAE_DEVICE void renyi2_derivative(double tau, double norm2) {
+    const T factor = T(-2 / norm2), shift = T(2 / tau);
+    for (int i = warp; i < k; i += warps)
+      for (int j = lane; j <= i; j += kWarp)
+        square[i * ld + j] = factor * square[j * ld + i + 1] + (i == j ? shift : T(0));
+    __syncthreads();  // V is complete: the fold reads rows that other warps wrote
+  }
+
+  // Weight (k, k) from V = factor · (lower triangle).
+  MMAE_DEVICE void fold(T factor, T* weight) {
+    if (!samples) {
+      factor *= 2 * common * common;
+      for (int i = warp; i < k; i += warps)
+        for (int j = lane; j < k; j += kWarp) weight[i * k + j] = factor * square[a_at(i, j)];
+      return;
+    }
+    T grand = 0;
+    if (center) {
+      double total = 0;  // sum of the row means; lane 0 of each warp holds its rows'
+      for (int i = warp; i < k; i += warps) {
+        double sum = 0;
+        for (int j = lane; j < k; j += kWarp)
+          if (keep[j] != T(0)) sum += factor * square[a_at(i, j)];
+        sum = warp_reduce(sum, Sum{});
+        if (lane == 0) {
+          const T row_mean = count > 0 ? T(sum / count) : T(0);
+          column[i] = row_mean;
+          if (keep[i] != T(0)) total += row_mean;
+        }
+      }
+      total = block_reduce(total, Sum{}, partial);  // its barriers also complete `column`
+      grand = count > 0 ? T(total / count) : T(0);
+    }
+    for (int i = warp; i < k; i += warps) {
+      double projection = 0;
+      if (normalize) {
+        for (int j = lane; j < k; j += kWarp) {
+          T g = square[g_at(i, j)];
+          if (center) g += along[j];
+          projection += double(folded(factor, grand, i, j)) * g;
+        }
+        projection = warp_reduce(projection, Sum{});
+      }
+      const T left = 2 * scale[i];
+      for (int j = lane; j < k; j += kWarp) {
+        T v = folded(factor, grand, i, j);
+        if (i == j) v -= T(projection);
+        weight[i * k + j] = left * scale[j] * v;
+      }
+    }
+  }
+
+  // C_ij.
+  MMAE_DEVICE T folded(T factor, T grand, int i, int j) const {
+    const T v = factor * square[a_at(i, j)];
+    if (!center) return v;
+    return keep[i] * keep[j] * (v - column[i] - column[j] + grand);
+  }
+
+  MMAE_DEVICE void fill(T x, T* weight) {
+    for (int e = t; e < k * k; e += int(blockDim.x)) weight[e] = x;
+  }
+};
+
+// f.z (batch, n, d); value (batch); weight (batch, k, k) or null. Grid: one block per matrix,
+// plan.threads threads, plan.shared_bytes of shared memory; R = plan.tile. c: coding rate only.
+template <class T, int R>
+__global__ void __launch_bounds__(kMaxThreads)
+    spectral_kernel(const Features f, const SpectralPlan plan, Quantity quantity, double c,
+                    T* value, T* weight) {
+  const int64_t index = blockIdx.x;
+  SpectralBlock<T> block(f, plan, index);
+  if (weight) weight += index * plan.k * plan.k;
+  if (plan.k == 0) {
+    if (block.t == 0) value[index] = 0;
+    return;
+  }
+  if (quantity == Quantity::kRenyi2 && !f.normalize)
+    block.common = block.rows.power_of_two_scale(block.partial);
+  if (f.center) block.count_rows();
+  if (block.samples)
+    block.scale_rows(0, block.k);
+  else if (f.center)
+    block.mean_of_features();
+  block.template gram<R>();
+
+  const double tau = block.trace();
+  double h = quiet_nan<double>();
+  T factor = 1;
+  if (quantity == Quantity::kCodingRate) {
+    if (is_finite(tau)) h = block.factorize(T(c), weight != nullptr);
+    factor = -T(c);
+  } else if (tau == 0) {  // no rows, or only zero rows: entropy 0 by convention
+    if (block.t == 0) value[index] = 0;
+    if (weight) block.fill(T(0), weight);
+    return;
+  } else if (is_finite(tau)) {
+    const double norm2 = block.square_norm();
+    h = 2 * log(tau) - log(norm2);
+    if (weight) block.renyi2_derivative(tau, norm2);
+  }
+  const bool good = is_finite(h);
+  if (block.t == 0) value[index] = good ? T(h) : quiet_nan<T>();
+  if (!weight) return;
+  if (good)
+    block.fold(factor, weight);
+  else
+    block.fill(quiet_nan<T>(), weight);
+}
+
+}  // namespace cuda
+}  // namespace mmae
