@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench gpu abi-check sanitize clean data
+.PHONY: demo test lint bench gpu abi-check clean data
 
 # The environment, and the extension in it; rebuilt when a C++ source changes.
 # torch and torchvision come in one command: their builds must match.
@@ -42,12 +42,12 @@ lint: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/run.py
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.report
 
 # On a machine with a GPU; uses the python3 that has torch there, installs nothing.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m benchmarks.gpu
 
 # One wheel, unchanged, on the oldest supported torch and the newest.
 abi-check: $(VENV)/.installed

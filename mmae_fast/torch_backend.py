@@ -144,9 +144,9 @@ def entropy_of_gram(g: Tensor, alpha: float, need_weight: bool) -> tuple[Tensor,
 
 
 def fold(v: Tensor, parts: GramParts, z: Tensor, mask, samples: bool, normalize, center) -> Tensor:
-    """V -> W', see the head of this file."""
+    """V -> W', see the head of this file; in place where it can."""
     if not samples:
-        return 2 * v
+        return v.mul_(2)
     g, scale, mean = parts
     if center:
         kept = torch.ones_like(scale) if mask is None else mask.to(v.dtype)
@@ -155,12 +155,12 @@ def fold(v: Tensor, parts: GramParts, z: Tensor, mask, samples: bool, normalize,
             v = v - (v * kept.unsqueeze(-3 - side)).sum(side, keepdim=True) / count.unsqueeze(-1)
         v = v * kept.unsqueeze(-1) * kept.unsqueeze(-2)
     if normalize:
-        s = (v * g).sum(-1)
+        s = torch.linalg.vecdot(v, g)
         if center:
             x, _, _ = prepared(z, mask, normalize, center)
             s = s + (v @ (x @ mean.unsqueeze(-1))).squeeze(-1)
-        v = v - torch.diag_embed(s)
-    return 2 * scale.unsqueeze(-1) * v * scale.unsqueeze(-2)
+        v.diagonal(dim1=-2, dim2=-1).sub_(s)
+    return v.mul_(2 * scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
 
 
 @full_precision

@@ -174,14 +174,12 @@ void fill_nan(T* p, int64_t n) {
   std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
 }
 
-// a = factor · g + I in whole tiles: identity in the padding.
+// a = factor · g, zero in the padding.
 template <class T>
-void shifted(const T* g, T factor, int64_t k, int64_t ldg, T* a) {
-  for (int64_t i = 0; i < ldg; ++i) {
+void scaled(const T* g, T factor, int64_t k, int64_t ldg, T* a) {
+  for (int64_t i = 0; i < ldg; ++i)
     for (int64_t j = 0; j < ldg; ++j)
       a[i * ldg + j] = i < k && j < k ? factor * g[i * ldg + j] : T(0);
-    a[i * ldg + i] += 1;
-  }
 }
 
 // Returns false where I + cG is not positive definite in T, or z is not finite.
@@ -194,12 +192,19 @@ bool coding_rate_one(const Features& f, int64_t index, double c, Out* value, Out
   if (!std::isfinite(trace_of(gram.g, k, ld))) return false;
   if (weight) mirror_upper(gram.g, k, ld);
   T* a = memory.take<T>(ld * ld);
-  shifted(gram.g, T(c), k, ld, a);
-  const double log_det = sweep(a, k, ld, weight != nullptr, memory.take<T>(2 * MR * ld));
+  scaled(gram.g, T(c), k, ld, a);
+  T largest = 0;
+  for (int64_t i = 0; i < k; ++i) largest = std::max(largest, a[i * ld + i]);
+  const bool offset = largest <= 1;
+  const double log_det = sweep(a, k, ld, weight != nullptr, offset, memory.take<T>(2 * MR * ld));
   if (!std::isfinite(log_det)) return false;
   *value = Out(log_det);
   if (!weight) return true;
   for (int64_t i = 0; i < k * ld; ++i) a[i] *= T(c);
+  // The cI of V = c (I + cG)⁻¹ only changes the norm of normalised, uncentred rows: there it stays
+  // out, before it can drown the rest.
+  if (offset && (!f.normalize || f.center))
+    for (int64_t i = 0; i < k; ++i) a[i * ld + i] += T(c);
   if constexpr (std::is_same_v<T, Out>) {
     gram.fold(a, weight);
   } else {
