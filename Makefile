@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+CXX_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo test lint bench gpu abi-check clean data
@@ -39,7 +40,8 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python -m benchmarks.report --check
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run

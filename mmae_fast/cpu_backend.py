@@ -13,7 +13,7 @@ matrix per thread.
 
 import torch
 
-from . import _C, reference, torch_backend  # noqa: F401 - importing _C registers the operators
+from . import _C, torch_backend  # noqa: F401 - importing _C registers the operators
 from .torch_backend import GramParts
 
 COMPILED_FACTOR_MAX = 384
@@ -29,14 +29,7 @@ def gram(z, mask, samples, normalize, center) -> GramParts:
 def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
     if min(z.shape[-2:]) <= COMPILED_FACTOR_MAX:
         return _ops.cpu_coding_rate(z, mask, scale, normalize, center, need_weight)
-    arguments = (mask, scale, normalize, center, need_weight, gram)
-    value, weight = torch_backend.coding_rate_fwd(z, *arguments)
-    if z.dtype != torch.float64 and not torch.isfinite(value).all():
-        # As in the compiled kernel: where I + cG is not positive definite in float32, float64 is.
-        value, weight = torch_backend.coding_rate_fwd(z.double(), *arguments)
-        dtype = reference.accumulation_dtype(z.dtype)
-        value, weight = value.to(dtype), weight.to(dtype) if need_weight else None
-    return value, weight
+    return torch_backend.coding_rate_fwd(z, mask, scale, normalize, center, need_weight, gram)
 
 
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
@@ -50,6 +43,7 @@ def weight_bwd(grad, z, mask, weight, normalize, center):
     return _ops.cpu_weight_bwd(grad, z, mask, weight, normalize, center)
 
 
+@torch_backend.full_precision
 def gram_bwd(grad, z, mask, parts, samples, normalize, center):
     if samples != (z.shape[-2] <= z.shape[-1]):  # the compiled product works on the smaller side
         return torch_backend.gram_bwd(grad, z, mask, parts, samples, normalize, center)

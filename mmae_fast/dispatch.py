@@ -8,8 +8,10 @@ import functools
 import importlib
 from types import ModuleType
 
-# In order of preference; the first that serves the call is "auto".
+# In order of preference; "auto" takes the first that serves the call, of those measured to be the
+# right choice: the CUDA kernels have not run on a GPU yet, and are taken by name only.
 BACKENDS = ("cuda", "triton", "cpu", "torch")
+UNMEASURED = ("cuda",)
 
 
 try:
@@ -32,6 +34,8 @@ def refusal(backend: str, device_type: str) -> str | None:
         return EXTENSION_ERROR
     if device_type != "cuda":
         return f"it serves CUDA tensors, and z is on {device_type!r}"
+    if backend == "cuda":
+        return importlib.import_module("mmae_fast.cuda_backend").EXTENSION_ERROR
     return 'this version has no kernels for it yet; use backend="auto" (PyTorch\'s CUDA libraries)'
 
 
@@ -43,7 +47,11 @@ def select_backend(backend: str, device_type: str) -> str:
         RuntimeError: the named backend cannot serve this device, with the reason.
     """
     if backend == "auto":
-        return next(name for name in BACKENDS if refusal(name, device_type) is None)
+        return next(
+            name
+            for name in BACKENDS
+            if name not in UNMEASURED and refusal(name, device_type) is None
+        )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     reason = refusal(backend, device_type)

@@ -40,10 +40,10 @@ def prepare(
         # scale is a constant for autograd: it cancels.
         scale = z.detach().abs().amax(-1, keepdim=True) if z.shape[-1] else z[..., :0]
         z = z / torch.where(scale == 0, 1, scale)
-        # A zero row must not reach vector_norm: its derivative at 0 is 0/0.
+        # A zero row must not reach vector_norm: its derivative at 0 is 0/0. Its own is set to 0.
         empty = (z.detach() == 0).all(-1, keepdim=True)
         norm = torch.linalg.vector_norm(torch.where(empty, 1, z), dim=-1, keepdim=True)
-        z = z / norm
+        z = torch.where(empty, 0, z / norm)
     if center:
         if mask is None:
             z = z - z.mean(-2, keepdim=True) if z.shape[-2] else z

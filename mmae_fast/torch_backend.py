@@ -18,6 +18,11 @@ from torch import Tensor
 
 from . import reference
 
+# c · lambda_max · eps (lambda_max at most the trace) above which the rounding of a float32 Gram
+# matrix may swamp the identity in I + cG: on the CPU float64 takes over, as in its kernels;
+# elsewhere the result is NaN where I + cG is not positive definite in float32.
+SWAMPED = 1e-3
+
 
 class GramParts(NamedTuple):
     """Gram matrix ``(..., k, k)`` with the row scale ``(..., n)`` and mean row ``(..., d)``."""
@@ -40,12 +45,17 @@ def full_precision(function):
 
 
 def row_scale(z: Tensor, mask: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
-    """z in the accumulation dtype, dropped rows zero; and 1 / row norm (1 if not normalised)."""
+    """z in the accumulation dtype, dropped rows zero; and 1 / row norm.
+
+    That is 0 for zero and dropped rows, and 1 for all others without normalisation.
+    """
     z = z.to(reference.accumulation_dtype(z.dtype))
     if mask is not None:
         z = torch.where(mask.unsqueeze(-1), z, 0)
-    if not normalize or not z.shape[-1]:
-        return z, z.new_ones(z.shape[:-1])
+    if not normalize:
+        return z, z.new_ones(z.shape[:-1]) if mask is None else mask.to(z.dtype)
+    if not z.shape[-1]:
+        return z, z.new_zeros(z.shape[:-1])
     # Scaled by the largest entry, so that no square vanishes or overflows.
     largest = z.abs().amax(-1)
     safe = torch.where(largest == 0, 1, largest)
@@ -73,7 +83,13 @@ def prepared(z: Tensor, mask: Tensor | None, normalize: bool, center: bool):
 @full_precision
 def gram(z: Tensor, mask, samples: bool, normalize: bool, center: bool) -> GramParts:
     x, scale, mean = prepared(z, mask, normalize, center)
-    return GramParts(x @ x.mT if samples else x.mT @ x, scale, mean)
+    g = x @ x.mT if samples else x.mT @ x
+    g = g.tril() + g.tril(-1).mT  # a matrix product is symmetric up to rounding only
+    if samples and normalize and not center:
+        # The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
+        diagonal = g.diagonal(dim1=-2, dim2=-1)
+        diagonal.copy_(torch.where((scale > 0) & torch.isfinite(scale), 1, diagonal))
+    return GramParts(g, scale, mean)
 
 
 def coding_rate_of_gram(g: Tensor, scale: float, need_weight: bool) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +104,8 @@ def coding_rate_of_gram(g: Tensor, scale: float, need_weight: bool) -> tuple[Ten
     value = torch.where(failed, math.nan, value).to(g.dtype)
     if not need_weight:
         return value, None
-    v = scale * torch.cholesky_inverse(factor)
+    eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    v = scale * torch.cholesky_inverse(torch.where(failed[..., None, None], eye, factor))
     return value, torch.where(failed[..., None, None], math.nan, v)
 
 
@@ -143,6 +160,7 @@ def entropy_of_gram(g: Tensor, alpha: float, need_weight: bool) -> tuple[Tensor,
     return h, v
 
 
+@full_precision
 def fold(v: Tensor, parts: GramParts, z: Tensor, mask, samples: bool, normalize, center) -> Tensor:
     """V -> W', see the head of this file; in place where it can."""
     if not samples:
@@ -165,10 +183,19 @@ def fold(v: Tensor, parts: GramParts, z: Tensor, mask, samples: bool, normalize,
 
 @full_precision
 def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, gram=gram):
+    dtype = reference.accumulation_dtype(z.dtype)
     samples = z.shape[-2] <= z.shape[-1]
     parts = gram(z, mask, samples, normalize, center)
+    if z.device.type == "cpu":  # elsewhere, to look would be to synchronise
+        trace = parts.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if (scale * trace * torch.finfo(dtype).eps > SWAMPED).any():
+            z = z.double()
+            parts = gram(z, mask, samples, normalize, center)
     value, v = coding_rate_of_gram(parts.gram, scale, need_weight)
-    return value, fold(v, parts, z, mask, samples, normalize, center) if need_weight else None
+    if not need_weight:
+        return value.to(dtype), None
+    weight = fold(v, parts, z, mask, samples, normalize, center)
+    return value.to(dtype), weight.to(dtype)
 
 
 @full_precision

@@ -7,7 +7,7 @@ namespace mmae {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-constexpr int kMaxBatchDims = 16;
+constexpr int kMaxBatchDims = 62;  // PyTorch's limit of 64 dimensions, less n and d
 
 // A batch of feature matrices z (..., n, d) with any strides, and how their rows are prepared.
 struct Features {

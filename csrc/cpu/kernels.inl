@@ -196,7 +196,7 @@ bool coding_rate_one(const Features& f, int64_t index, double c, Out* value, Out
   T largest = 0;
   for (int64_t i = 0; i < k; ++i) largest = std::max(largest, a[i * ld + i]);
   const bool offset = largest <= 1;
-  const double log_det = sweep(a, k, ld, weight != nullptr, offset, memory.take<T>(2 * MR * ld));
+  const double log_det = sweep(a, k, ld, weight != nullptr, offset, memory.take<T>(3 * MR * ld));
   if (!std::isfinite(log_det)) return false;
   *value = Out(log_det);
   if (!weight) return true;
@@ -221,8 +221,8 @@ void coding_rate_range(const Features& f, double c, T* value, T* weight, int64_t
   for (int64_t i = begin; i < end; ++i) {
     T* w = weight ? weight + i * f.k() * f.k() : nullptr;
     if (coding_rate_one<S, T>(f, i, c, value + i, w, executor)) continue;
-    // Rounding of a float32 Gram matrix can push I + cG out of the positive cone when
-    // c · lambda_max exceeds 1e7; float64 has the digits to spare.
+    // Rounding of a float32 Gram matrix swamps I when c · lambda_max comes near 1e7; float64 has
+    // the digits to spare.
     if constexpr (sizeof(T) == 4)
       if (coding_rate_one<S, double>(f, i, c, value + i, w, executor)) continue;
     fill_nan(value + i, 1);

@@ -17,6 +17,7 @@ struct Rows {
   MMAE_DEVICE Rows(const Features& f, int64_t index)
       : z(f.z), dtype(f.dtype), mask(f.mask), start(0), n(f.n), d(f.d), row_stride(f.row_stride),
         column_stride(f.column_stride), mask_stride(f.mask_stride) {
+#pragma unroll 1  // short and cold, here and below: unrolled, it would only be more code
     for (int i = f.batch_dims - 1; i >= 0; --i) {
       const int64_t at = index % f.batch_sizes[i];
       index /= f.batch_sizes[i];

@@ -15,7 +15,8 @@
 // factorised by the symmetric sweep operator, one pivot p at a time, u = A_:p, P = 1 / u_p:
 //     A_ij -= u_i P u_j (i, j ≠ p),   A_ip = P u_i,   A_pp = -P;    in the end A holds -A⁻¹,
 // log det A = Σ log u_p. Without the inverse only i, j > p are swept. Every pivot of I + cG is at
-// least 1 in exact arithmetic, so rounding is not allowed to take it below.
+// least 1 in exact arithmetic: one that rounding took below counts as 1, and one below 1/2 says
+// that I + cG is lost (c lambda_max near 1 / eps of T), which makes value and W' NaN.
 //
 // Precision: arithmetic T = float32 (float64 for float64) on any storage type; traces, means, sums
 // of squares and of logs in float64. No atomics: bitwise reproducible.
@@ -56,6 +57,7 @@ struct SpectralBlock {
 
   // scale[r], keep[r] of rows first + r, r < rows_wanted; one warp per row.
   MMAE_DEVICE void scale_rows(int64_t first, int rows_wanted) {
+#pragma unroll 1
     for (int r = warp; r < rows_wanted; r += warps) {
       const int64_t row = first + r;
       const bool kept = row < rows.n && rows.kept(row);
@@ -69,6 +71,7 @@ struct SpectralBlock {
 
   MMAE_DEVICE void count_rows() {
     double part = 0;
+#pragma unroll 1
     for (int64_t i = t; i < rows.n; i += blockDim.x) part += rows.kept(i);
     count = block_reduce(part, Sum{}, partial);
   }
@@ -76,10 +79,12 @@ struct SpectralBlock {
   // Mean row on the features side: a pass of its own over the rows, thread j sums column j.
   MMAE_DEVICE void mean_of_features() {
     double sum = 0;
+#pragma unroll 1
     for (int64_t at = 0; at < rows.n; at += depth) {
       scale_rows(at, depth);
       __syncthreads();  // scale and keep of this step are complete
       if (t < k)
+#pragma unroll 1
         for (int p = 0; p < depth; ++p)
           if (keep[p] != T(0)) sum += scale[p] * rows.load(at + p, t);
       __syncthreads();  // and read, before the next step (or the product) overwrites them
@@ -107,8 +112,10 @@ struct SpectralBlock {
   // Samples side: subtracts the mean of each staged column from the rows kept. Returns this
   // thread's (t < k) part of along[t] = (ẑ_t - m) · m, the part of ẑ_t that G does not see.
   MMAE_DEVICE T center_stage() {
+#pragma unroll 1
     for (int p = warp; p < depth; p += warps) {
       double sum = 0;
+#pragma unroll 1
       for (int i = lane; i < k; i += kWarp) sum += stage[p * lds + i];
       sum = warp_reduce(sum, Sum{});
       if (lane == 0) mean[p] = count > 0 ? T(sum / count) : T(0);
@@ -116,6 +123,7 @@ struct SpectralBlock {
     __syncthreads();  // means are complete, and no warp still sums a column that changes below
     T part = 0;
     if (t < k && keep[t] != T(0))
+#pragma unroll 1
       for (int p = 0; p < depth; ++p) {
         const T x = stage[p * lds + t] - mean[p];
         stage[p * lds + t] = x;
@@ -125,7 +133,7 @@ struct SpectralBlock {
     return part;
   }
 
-  // Upper triangle of G into `square`. Expects scale and keep of all rows on the samples side.
+  // Upper triangle of G into `square`.
   template <int R>
   MMAE_DEVICE void gram() {
     const int ty = t / side, tx = t % side;
@@ -135,7 +143,10 @@ struct SpectralBlock {
     bool first = true;
     int64_t flush_at = kFlushDepth;
     for (int64_t at = 0; at < total; at += depth) {
-      if (!samples) scale_rows(at, depth);
+      if (!samples)
+        scale_rows(at, depth);
+      else if (at == 0)
+        scale_rows(0, k);
       __syncthreads();  // scale, keep and mean are written; the last step's stage has been read
       load_stage(at);
       __syncthreads();  // the stage is complete
@@ -190,7 +201,9 @@ struct SpectralBlock {
 
   // log det(I + cG); with `invert`, the lower triangle becomes -(I + cG)⁻¹.
   MMAE_DEVICE double factorize(T c, bool invert) {
+#pragma unroll 1
     for (int i = warp; i < k; i += warps)
+#pragma unroll 1
       for (int j = lane; j <= i; j += kWarp) {
         const T a = c * square[j * ld + i + 1] + (i == j ? T(1) : T(0));
         square[i * ld + j] = a;
@@ -200,7 +213,7 @@ struct SpectralBlock {
     for (int p = 0; p < k; ++p) {
       const int u = p % 2 * k, next = k - u;
       T head = column[u + p];
-      if (head < T(1)) head = 1;  // NaN stays
+      if (head < T(1)) head = head > T(0.5) ? T(1) : quiet_nan<T>();  // NaN stays
       const T inverse = T(1) / head;
       if (t == 0) pivot[p] = head;
       const int start = invert ? 0 : p + 1;
@@ -224,6 +237,7 @@ struct SpectralBlock {
       __syncthreads();  // the next pivot column is complete, and this one has been read
     }
     double part = 0;
+#pragma unroll 1
     for (int i = t; i < k; i += int(blockDim.x)) part += log(double(pivot[i]));
     return block_reduce(part, Sum{}, partial);
   }
@@ -231,7 +245,9 @@ struct SpectralBlock {
   // ||G||², float64.
   MMAE_DEVICE double square_norm() {
     double part = 0;
+#pragma unroll 1
     for (int i = warp; i < k; i += warps)
+#pragma unroll 1
       for (int j = i + lane; j < k; j += kWarp) {
         const double g = square[i * ld + j + 1];
         part += i == j ? g * g : 2 * g * g;
@@ -242,7 +258,9 @@ struct SpectralBlock {
   // Lower triangle = V of Rényi-2.
   MMAE_DEVICE void renyi2_derivative(double tau, double norm2) {
     const T factor = T(-2 / norm2), shift = T(2 / tau);
+#pragma unroll 1
     for (int i = warp; i < k; i += warps)
+#pragma unroll 1
       for (int j = lane; j <= i; j += kWarp)
         square[i * ld + j] = factor * square[j * ld + i + 1] + (i == j ? shift : T(0));
     __syncthreads();  // V is complete: the fold reads rows that other warps wrote
@@ -252,15 +270,19 @@ struct SpectralBlock {
   MMAE_DEVICE void fold(T factor, T* weight) {
     if (!samples) {
       factor *= 2 * common * common;
+#pragma unroll 1
       for (int i = warp; i < k; i += warps)
+#pragma unroll 1
         for (int j = lane; j < k; j += kWarp) weight[i * k + j] = factor * square[a_at(i, j)];
       return;
     }
     T grand = 0;
     if (center) {
       double total = 0;  // sum of the row means; lane 0 of each warp holds its rows'
+#pragma unroll 1
       for (int i = warp; i < k; i += warps) {
         double sum = 0;
+#pragma unroll 1
         for (int j = lane; j < k; j += kWarp)
           if (keep[j] != T(0)) sum += factor * square[a_at(i, j)];
         sum = warp_reduce(sum, Sum{});
@@ -273,9 +295,11 @@ struct SpectralBlock {
       total = block_reduce(total, Sum{}, partial);  // its barriers also complete `column`
       grand = count > 0 ? T(total / count) : T(0);
     }
+#pragma unroll 1
     for (int i = warp; i < k; i += warps) {
       double projection = 0;
       if (normalize) {
+#pragma unroll 1
         for (int j = lane; j < k; j += kWarp) {
           T g = square[g_at(i, j)];
           if (center) g += along[j];
@@ -284,6 +308,7 @@ struct SpectralBlock {
         projection = warp_reduce(projection, Sum{});
       }
       const T left = 2 * scale[i];
+#pragma unroll 1
       for (int j = lane; j < k; j += kWarp) {
         T v = folded(factor, grand, i, j);
         if (i == j) v -= T(projection);
@@ -320,10 +345,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (quantity == Quantity::kRenyi2 && !f.normalize)
     block.common = block.rows.power_of_two_scale(block.partial);
   if (f.center) block.count_rows();
-  if (block.samples)
-    block.scale_rows(0, block.k);
-  else if (f.center)
-    block.mean_of_features();
+  if (f.center && !block.samples) block.mean_of_features();
   block.template gram<R>();
 
   const double tau = block.trace();

@@ -1,0 +1,1 @@
+"""How fast: ours against what people write today. ``python -m benchmarks.run`` measures."""

@@ -1,0 +1,282 @@
+"""What is measured: shapes, quantities, implementations, and the least work each case needs.
+
+An implementation maps features z to a value; the gradient is the product of the value's
+derivative with a fixed cotangent (ones; random for the Gram matrix). ``eager`` is what people write
+today: ``F.normalize``, ``x @ x.mT`` or ``x.mT @ x``, ``torch.linalg``, autograd. It always gets the
+smaller of the two, and a clamped spectrum, so that no ratio comes from a bad habit.
+
+Least work, the roofline (k = min(n, d), m = max(n, d), s bytes per entry of z, per matrix; leading
+terms; a lower bound for any implementation that runs forward and backward one after the other):
+
+| quantity     | flops forward    | + for the gradient | bytes forward | + for the gradient |
+|--------------|------------------|--------------------|---------------|--------------------|
+| gram         | k(k+1)m          | 2k²m               | snd + 4k²     | 2snd + 4k²         |
+| coding rate  | k(k+1)m + k³/3   | 2k²m + 2k³/3       | snd           | 2snd               |
+| Rényi-2      | k(k+1)m + k²     | 2k²m               | snd           | 2snd               |
+| von Neumann  | k(k+1)m + 4k³/3  | 2k²m + 3k³         | snd           | 2snd               |
+
+k(k+1)m is one triangle of a symmetric product; 2k²m the one product that a closed-form gradient
+needs; k³/3 a Cholesky factor and 2k³/3 the inverse from it; 4k³/3 the reduction to tridiagonal
+form, 2k³ its back-transformation and k³ the function of the matrix (the eigenvectors of the
+tridiagonal matrix are not counted: their cost depends on the spectrum).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmae_fast import dispatch, fast_coding_rate, fast_gram, fast_matrix_entropy, reference
+
+DIRECTIONS = ("fwd", "fwd+bwd")
+
+
+class Shape(NamedTuple):
+    batch: int
+    n: int
+    d: int
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        suffix = {"float32": "", "bfloat16": " bf16"}.get(self.dtype, f" {self.dtype}")
+        return f"{self.batch}×{self.n}×{self.d}{suffix}"
+
+    @property
+    def k(self) -> int:
+        return min(self.n, self.d)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of z."""
+        return self.batch * self.n * self.d * getattr(torch, self.dtype).itemsize
+
+
+# Who has these shapes: tokens of a ViT per image, heads of a transformer, class tokens of a batch,
+# small groups of small features.
+CPU_SHAPES = (
+    Shape(256, 50, 768),
+    Shape(1024, 64, 64),
+    Shape(64, 197, 768),
+    Shape(1, 1024, 768),
+    Shape(1, 4096, 768),
+    Shape(4096, 16, 32),
+)
+_GPU = (
+    (1, 1024, 768),
+    (256, 50, 768),
+    (1024, 64, 64),
+    (256, 197, 768),
+    (1, 4096, 1024),
+    (1, 65536, 4096),
+)
+GPU_SHAPES = tuple(Shape(*s) for s in _GPU) + tuple(Shape(*s, "bfloat16") for s in _GPU)
+QUICK_SHAPES = (Shape(4, 6, 8), Shape(1, 40, 12))
+
+
+# --------------------------------------------------------------------------------------------------
+# What people write
+
+
+def eager_gram(z: Tensor) -> Tensor:
+    x = F.normalize(z, dim=-1)
+    return x @ x.mT if z.shape[-2] <= z.shape[-1] else x.mT @ x
+
+
+def _eager_float(z: Tensor) -> Tensor:
+    g = eager_gram(z)
+    return g if g.dtype == torch.float64 else g.float()  # torch.linalg has no 16-bit
+
+
+def _regularised(z: Tensor) -> Tensor:
+    g = _eager_float(z)
+    return torch.eye(g.shape[-1], dtype=g.dtype, device=g.device) + g / z.shape[-1]
+
+
+def eager_coding_rate(z: Tensor) -> Tensor:
+    return torch.logdet(_regularised(z))
+
+
+def cholesky_coding_rate(z: Tensor) -> Tensor:
+    """The rewrite an expert makes first: one Cholesky factor, errors not looked at."""
+    factor = torch.linalg.cholesky_ex(_regularised(z)).L
+    return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _density(z: Tensor) -> Tensor:
+    g = _eager_float(z)
+    return g / g.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+
+def eager_renyi2(z: Tensor) -> Tensor:
+    return -2 * torch.linalg.matrix_norm(_density(z)).log()
+
+
+def eager_von_neumann(z: Tensor) -> Tensor:
+    lam = torch.linalg.eigvalsh(_density(z)).clamp(min=1e-12)  # rounding makes negative ones
+    return -torch.special.xlogy(lam, lam).sum(-1)
+
+
+class Quantity(NamedTuple):
+    title: str
+    fast: Callable  # (z, backend) -> value
+    eager: Callable  # z -> value
+    truth: Callable  # z in float64 -> value
+
+
+QUANTITIES = {
+    "gram": Quantity(
+        "Gram matrix", lambda z, b: fast_gram(z, backend=b), eager_gram, reference.gram
+    ),
+    "coding_rate": Quantity(
+        "coding rate",
+        lambda z, b: fast_coding_rate(z, 1 / z.shape[-1], backend=b),
+        eager_coding_rate,
+        lambda z: reference.coding_rate(z, 1 / z.shape[-1]),
+    ),
+    "renyi2": Quantity(
+        "Rényi-2",
+        lambda z, b: fast_matrix_entropy(z, 2, backend=b),
+        eager_renyi2,
+        lambda z: reference.matrix_entropy(z, 2),
+    ),
+    "von_neumann": Quantity(
+        "von Neumann",
+        lambda z, b: fast_matrix_entropy(z, 1, backend=b),
+        eager_von_neumann,
+        lambda z: reference.matrix_entropy(z, 1),
+    ),
+}
+
+
+def least_work(shape: Shape, quantity: str, direction: str) -> tuple[float, float]:
+    """Flops and bytes of the table at the head of this file."""
+    k, m = shape.k, max(shape.n, shape.d)
+    forward = {"gram": 0, "coding_rate": k**3 / 3, "renyi2": k**2, "von_neumann": 4 * k**3 / 3}
+    gradient = {"gram": 0, "coding_rate": 2 * k**3 / 3, "renyi2": 0, "von_neumann": 3 * k**3}
+    flops = k * (k + 1) * m + forward[quantity]
+    result = 4 * k * k * shape.batch if quantity == "gram" else 0
+    size = shape.bytes + result
+    if direction == "fwd+bwd":
+        flops += 2 * k * k * m + gradient[quantity]
+        size += 2 * shape.bytes + result
+    return float(shape.batch * flops), float(size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Inputs, calls, implementations
+
+
+def make_inputs(shape: Shape, device: str, count: int | None = None) -> list[Tensor]:
+    """Gaussian features; by default so many that a call finds none of its input in a cache."""
+    if count is None:
+        budget, most = (512 << 20, 64) if device == "cuda" else (160 << 20, 32)
+        count = max(2, min(most, math.ceil(budget / shape.bytes)))
+    generator = torch.Generator(device).manual_seed(0)
+    size = shape[:3] if shape.batch > 1 else shape[1:3]
+    dtype = getattr(torch, shape.dtype)
+    draw = lambda: torch.randn(size, generator=generator, device=device).to(dtype)  # noqa: E731
+    return [draw() for _ in range(count)]
+
+
+def cotangent(quantity: str, z: Tensor) -> Tensor:
+    """What the gradient is multiplied with, in float64, the same for every implementation."""
+    k = min(z.shape[-2:])
+    shape = z.shape[:-2] + ((k, k) if quantity == "gram" else ())
+    if quantity != "gram":
+        return torch.ones(shape, dtype=torch.float64, device=z.device)
+    generator = torch.Generator(z.device).manual_seed(1)
+    return torch.randn(shape, generator=generator, device=z.device, dtype=torch.float64)
+
+
+def value_dtype(implementation: str, quantity: str, dtype: str) -> torch.dtype:
+    """Everything is float32 but the Gram matrix of those who do not accumulate."""
+    own = quantity == "gram" and not implementation.startswith("fast")
+    return getattr(torch, dtype) if own else torch.float32
+
+
+def run(function: Callable, z: Tensor, direction: str, grad: Tensor) -> tuple[Tensor, ...]:
+    """(value,) or (value, gradient)."""
+    if direction == "fwd":
+        return (function(z),)
+    z = z.detach().requires_grad_()
+    value = function(z)
+    return value.detach(), torch.autograd.grad(value, z, grad)[0]
+
+
+def calls(function, inputs: list[Tensor], direction: str, grad: Tensor) -> list[Callable]:
+    """One call without arguments per input."""
+    return [lambda z=z: run(function, z, direction, grad) for z in inputs]
+
+
+def graphed_calls(function, inputs: list[Tensor], direction: str, grad: Tensor) -> list[Callable]:
+    """The same as replays of CUDA graphs: what remains when Python and launches cost nothing."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # handles and workspaces must exist before the capture
+        for z in inputs[:2]:
+            run(function, z, direction, grad)
+    torch.cuda.current_stream().wait_stream(side)
+    replays = []
+    for z in inputs[:8]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(function, z, direction, grad)
+        replays.append(lambda graph=graph, out=out: graph.replay() or out)
+    return replays
+
+
+class Implementation(NamedTuple):
+    """``prepare(inputs, direction, grad)`` makes the calls; slow if that takes long or may fail."""
+
+    prepare: Callable
+    slow: bool = False
+
+
+def _plain(function) -> Implementation:
+    return Implementation(lambda *args: calls(function, *args))
+
+
+def _compiled(function) -> Implementation:
+    def prepare(inputs, direction, grad):
+        torch._dynamo.reset()
+        return calls(torch.compile(function, dynamic=False), inputs, direction, grad)
+
+    return Implementation(prepare, slow=True)
+
+
+def implementations(
+    quantity: str, shape: Shape, device: str, vendor: bool = False
+) -> dict[str, Implementation]:
+    """By name; "fast" first (the backend that users get), then the ones it is compared with."""
+    q = QUANTITIES[quantity]
+    found = {"fast": _plain(lambda z: q.fast(z, "auto")), "eager": _plain(q.eager)}
+    if quantity == "coding_rate":
+        found["cholesky_ex"] = _plain(cholesky_coding_rate)
+    if device != "cuda":
+        return found
+    if vendor and quantity == "von_neumann":
+        from .vendor import batched_von_neumann
+
+        found["XsyevBatched"] = _plain(lambda z: batched_von_neumann(_density(z)))
+    for backend in dispatch.BACKENDS:
+        served = dispatch.refusal(backend, device) is None
+        if served and backend != dispatch.select_backend("auto", device):
+            found[f"fast[{backend}]"] = _plain(lambda z, b=backend: q.fast(z, b))
+    if quantity in ("coding_rate", "renyi2"):  # no synchronisation with the host inside
+        replay = lambda *args: graphed_calls(lambda z: q.fast(z, "auto"), *args)  # noqa: E731
+        found["fast (CUDA graph)"] = Implementation(replay, slow=True)
+    found["torch.compile"] = _compiled(q.eager)
+    return found
+
+
+def backend_of(implementation: str, device: str) -> str | None:
+    """Which of our backends is behind a name of :func:`implementations`; None for the others."""
+    if not implementation.startswith("fast"):
+        return None
+    if "[" in implementation:
+        return implementation[5:-1]
+    return dispatch.select_backend("auto", device)

@@ -1,0 +1,109 @@
+"""Order, augmentation and normalisation of batches, on the device and reproducible.
+
+Nothing here keeps a random state: every draw is a function of the seed and of where training
+stands (epoch, step). A resumed run therefore sees what the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmae_fast.config import PretrainConfig
+
+# What a key of ``generator`` draws: streams that must not share their numbers.
+ORDER, AUGMENTATION, MASK = range(3)
+
+
+class Batches:
+    """Training batches by step: ``batches(step)`` gives images and the noise of their masks.
+
+    Args:
+        images: all of them, uint8, shape ``(N, C, H, W)``.
+        mean, std: of each channel, shape ``(C,)``, on the device to train on.
+        patches: how many patches an image has.
+    """
+
+    def __init__(
+        self, images: Tensor, mean: Tensor, std: Tensor, patches: int, config: PretrainConfig
+    ) -> None:
+        self.images, self.mean, self.std = images, mean, std
+        self.patches, self.config = patches, config
+        self.steps_per_epoch = len(images) // config.batch_size  # an incomplete batch is left out
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Normalised, augmented images ``(B, C, H, W)`` and uniform noise ``(B, patches)``."""
+        config, device = self.config, self.mean.device
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(len(self.images), config.seed, epoch)
+        chosen = self._order[position * config.batch_size :][: config.batch_size]
+        imgs = normalise(self.images[chosen].to(device), self.mean, self.std)
+        rng = generator(device, config.seed, AUGMENTATION, step)
+        imgs = augment(imgs, rng, config.min_crop, config.hflip)
+        rng = generator(device, config.seed, MASK, step)
+        return imgs, torch.rand(len(imgs), self.patches, generator=rng, device=device)
+
+
+def generator(device: torch.device, *key: int) -> torch.Generator:
+    """Random generator that is a function of its key, well mixed even for neighbouring keys."""
+    # 53 bits: what every device's generator takes as a seed. CPU generators use the lower 32.
+    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 11
+    return torch.Generator(device).manual_seed(state)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Order of the images in an epoch, shape ``(count,)``, on the CPU."""
+    return torch.randperm(count, generator=generator(torch.device("cpu"), seed, ORDER, epoch))
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 ``(B, C, H, W)`` to float32 with channel means 0 and standard deviations 1."""
+    return (images.float() / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+
+
+def augment(
+    images: Tensor, rng: torch.Generator, min_crop: float = 0.2, hflip: bool = True
+) -> Tensor:
+    """Random resized crop and horizontal flip of a whole batch by one bilinear resampling.
+
+    The crop has torchvision's distribution: area uniform in [min_crop, 1] of the image's, aspect
+    ratio log-uniform in [3/4, 4/3], the first of ten draws that fits. A crop is never larger than
+    the image, so that resampling magnifies and needs no low-pass filter.
+
+    Args:
+        images: shape ``(B, C, H, W)``, float.
+        rng: on the device of the images.
+        min_crop: 1 leaves the crop out.
+    Returns: same shape.
+    """
+    if min_crop >= 1 and not hflip:
+        return images
+    batch, _, height, width = images.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        draw = torch.rand(*shape, generator=rng, device=images.device)
+        return low + (high - low) * draw
+
+    # Half sides of the crop as a share of the image's: grid_sample's coordinates span [-1, 1].
+    half_w = half_h = torch.ones(batch, device=images.device)
+    if min_crop < 1:
+        area = uniform(min_crop, 1.0, batch, 10)
+        ratio = uniform(float(np.log(3 / 4)), float(np.log(4 / 3)), batch, 10).exp()
+        half_w = (area * ratio * (height / width)).sqrt()
+        half_h = (area / ratio * (width / height)).sqrt()
+        fits = (half_w <= 1) & (half_h <= 1)
+        first = fits.int().argmax(dim=1, keepdim=True)
+        half_w = half_w.gather(1, first).squeeze(1).clamp(max=1)
+        half_h = half_h.gather(1, first).squeeze(1).clamp(max=1)
+    centre_x = uniform(-1.0, 1.0, batch) * (1 - half_w)
+    centre_y = uniform(-1.0, 1.0, batch) * (1 - half_h)
+    if hflip:
+        half_w = torch.where(uniform(0.0, 1.0, batch) < 0.5, -half_w, half_w)
+    zero = torch.zeros_like(half_w)
+    theta = torch.stack([half_w, zero, centre_x, zero, half_h, centre_y], dim=1).view(batch, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -1,0 +1,141 @@
+"""Command line: ``mmae pretrain | probe | knn | visualize | demo | doctor``.
+
+A command imports what it needs when it runs, so that ``mmae --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from mmae_fast.config import (
+    RECIPES,
+    DemoConfig,
+    EvalConfig,
+    PretrainConfig,
+    UserError,
+    VisualizeConfig,
+)
+
+DEFAULT_RECIPE = "tiny"
+INTERRUPTED = 130  # what shells report after Ctrl-C
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        return
+    if command not in COMMANDS:
+        print(f"mmae: no command {command!r}\n\n{usage()}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        COMMANDS[command][0](rest)
+    except UserError as error:
+        sys.exit(f"mmae {command}: error: {error}")
+    except KeyboardInterrupt as interrupt:
+        print(f"\nmmae {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def usage() -> str:
+    lines = "\n".join(f"  {name:<10} {effect}" for name, (_, effect) in COMMANDS.items())
+    return f"usage: mmae COMMAND [OPTIONS]\n\n{lines}\n\nmmae COMMAND --help lists its options."
+
+
+def parse(config: type, command: str, arguments: list[str], **kwargs: Any) -> Any:
+    import tyro
+
+    markers = (tyro.conf.PositionalRequiredArgs,)
+    return tyro.cli(config, prog=f"mmae {command}", args=arguments, config=markers, **kwargs)
+
+
+def pretrain(arguments: list[str]) -> None:
+    recipe = DEFAULT_RECIPE
+    if arguments and arguments[0] in RECIPES:
+        recipe, *arguments = arguments
+    listed = "\n".join(f"  {name}: {effect}" for name, (effect, _) in RECIPES.items())
+    description = (
+        "Train a masked autoencoder. A recipe may come first and sets the defaults below "
+        f"(now: {recipe}).\n\n{listed}"
+    )
+    config = parse(
+        PretrainConfig, "pretrain", arguments, default=RECIPES[recipe][1], description=description
+    )
+    if config.resume:
+        from mmae_fast.runs import read_config
+
+        # Parsed again over what was saved: an option given now that differs is refused later on.
+        saved = dataclasses.replace(read_config(config.out), out=config.out, device=config.device)
+        config = parse(PretrainConfig, "pretrain", arguments, default=saved)
+
+    from mmae_fast.train import pretrain as run
+
+    print(f"Checkpoint: {run(config)}")
+
+
+def probe(arguments: list[str]) -> None:
+    config = parse(EvalConfig, "probe", arguments, description="Linear probe of a frozen encoder.")
+
+    from mmae_fast.evaluate import linear_probe, run_features
+
+    _print_score("linear_probe", config, *linear_probe(run_features(config)))
+
+
+def knn(arguments: list[str]) -> None:
+    config = parse(EvalConfig, "knn", arguments, description="kNN accuracy of a frozen encoder.")
+
+    from mmae_fast.evaluate import knn as run
+    from mmae_fast.evaluate import run_features
+
+    _print_score("knn", config, *run(run_features(config)))
+
+
+def _print_score(name: str, config: EvalConfig, accuracy: float, protocol: str) -> None:
+    features = "class token" if config.pool == "cls" else "mean of the patch tokens"
+    print(f"{accuracy:.2%}  ({protocol}; features: {features} of unmasked images)")
+    if config.checkpoint.is_dir():
+        path = config.checkpoint / f"{name}_{config.pool}.json"
+        content = {"accuracy": accuracy, "protocol": protocol, "features": features}
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def visualize(arguments: list[str]) -> None:
+    config = parse(VisualizeConfig, "visualize", arguments)
+
+    from mmae_fast.evaluate import visualize as run
+
+    print(run(config))
+
+
+def demo(arguments: list[str]) -> None:
+    config = parse(DemoConfig, "demo", arguments)
+
+    from mmae_fast.demo import run_demo
+
+    run_demo(config)
+
+
+def doctor(arguments: list[str]) -> None:
+    if arguments:
+        raise UserError(f"doctor takes no options, got {' '.join(arguments)}")
+
+    from mmae_fast.doctor import main as run
+
+    run()
+
+
+COMMANDS = {
+    "pretrain": (pretrain, "train a masked autoencoder: MAE, U-MAE or M-MAE"),
+    "probe": (probe, "linear probe of a pretrained encoder"),
+    "knn": (knn, "nearest-neighbour accuracy of a pretrained encoder"),
+    "visualize": (visualize, "draw masked and reconstructed images"),
+    "demo": (demo, "compare MAE, U-MAE and M-MAE in minutes on a CPU, with a report"),
+    "doctor": (doctor, "say which backends run here, and why the others do not"),
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Typed configurations of the training program, and the recipes made of them.
+
+Knows the standard library only, so that ``mmae --help`` answers without importing torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class UserError(ValueError):
+    """Something that the user can put right. The command line prints it without a traceback."""
+
+
+Method = Literal["mae", "u_mae", "m_mae", "von_neumann", "renyi"]
+
+# Method -> (kind of MatrixEntropyRegularizer, name in tables and figures).
+METHODS: dict[str, tuple[str, str]] = {
+    "mae": ("none", "MAE"),
+    "u_mae": ("uniformity", "U-MAE"),
+    "m_mae": ("tcr", "M-MAE"),
+    "von_neumann": ("von_neumann", "MAE + von Neumann entropy"),
+    "renyi": ("renyi", "MAE + Rényi entropy"),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to use."""
+
+    train: str = "fashion-mnist"
+    """fashion-mnist, digits, a packed .npz file, or a folder of images."""
+    test: str | None = None
+    """Test images, same forms. Default: the test part of a built-in set, or val/ or test/ beside
+    the train/ of a folder."""
+    img_size: int | None = None
+    """Side in pixels to which the images of a folder are resized and cropped."""
+    cache: Path = Path("~/.cache/mmae_fast")
+    """Where downloads are kept."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Size of the masked autoencoder. Default: ViT-B/16 with the published decoder."""
+
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    mask_ratio: float = 0.75
+    """Share of the patches hidden from the encoder."""
+    norm_pix_loss: bool = True
+    """Predict patches normalised by their own mean and standard deviation."""
+    double_norm: bool = False
+    """Regularise the class token after the final norm applied twice, as the published M-MAE."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Regulariser of the class-token features."""
+
+    method: Method = "m_mae"
+    weight: float = 0.01
+    """Weight of the regulariser in the loss."""
+    mu: float = 1.0
+    """Scale of the total coding rate (m_mae)."""
+    alpha: float = 2.0
+    """Order of the Rényi entropy (renyi)."""
+    center: bool = False
+    """Subtract the batch mean of the features first."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain a masked autoencoder. Default: the published recipe, ViT-B."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    out: Path = Path("runs/pretrain")
+    """Run folder: config, metrics, checkpoints."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, with the configuration saved there."""
+    epochs: float = 200.0
+    warmup_epochs: float = 40.0
+    """Linear warm-up, then cosine to zero."""
+    batch_size: int = 1024
+    base_lr: float = 1.5e-4
+    """Learning rate per 256 images: lr = base_lr * batch_size / 256."""
+    weight_decay: float = 0.05
+    clip_grad: float | None = None
+    """Largest gradient norm; none: no clipping."""
+    min_crop: float = 0.2
+    """Smallest share of the image's area kept by the random crop; 1: no crop."""
+    hflip: bool = True
+    """Mirror half of the images."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the forward pass. Losses are float32 either way."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    seed: int = 0
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 10
+    """Epochs between checkpoints."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate the frozen encoder on labelled, unmasked images."""
+
+    checkpoint: Path
+    """Run folder, checkpoint folder or model.safetensors."""
+    train: str | None = None
+    """Images with labels to learn from, as in pretrain --data.train. Default: those of the run."""
+    test: str | None = None
+    """Images to score on. Default: the test part of the training images."""
+    img_size: int | None = None
+    """As in pretrain --data.img-size."""
+    pool: Literal["cls", "mean"] = "cls"
+    """Features: the class token, or the mean of the patch tokens."""
+    max_train: int | None = None
+    """Use only the first so many training images."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class VisualizeConfig:
+    """Draw test images, masked and reconstructed."""
+
+    checkpoint: Path
+    """Run folder, checkpoint folder or model.safetensors."""
+    out: Path = Path("reconstructions.png")
+    train: str | None = None
+    """As in probe; drawn are its test images, where there are any."""
+    test: str | None = None
+    img_size: int | None = None
+    count: int = 10
+    """How many images."""
+    seed: int = 0
+    """Of the masks."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Pretrain MAE, U-MAE and M-MAE from the same seed, probe each, write one report."""
+
+    out: Path = Path("runs/demo")
+    data: Literal["auto", "fashion-mnist", "digits"] = "auto"
+    """auto: Fashion-MNIST where it can be had, else scikit-learn's digits."""
+    epochs: float | None = None
+    """Passes over the images per method; none: as many as make a demo of 5 minutes on 2 cores."""
+    seeds: int = 1
+    """How many seeds, 0, 1, …; the table gives their mean and standard deviation."""
+    resume: bool = False
+    """Continue an interrupted demo."""
+    cache: Path = Path("~/.cache/mmae_fast")
+    """Where downloads are kept."""
+    device: str = "auto"
+
+
+# 28-32 pixel images on a CPU or any GPU.
+TINY = ModelConfig(
+    patch_size=4,
+    embed_dim=128,
+    depth=4,
+    num_heads=4,
+    decoder_embed_dim=64,
+    decoder_depth=1,
+    decoder_num_heads=4,
+)
+VIT_L = ModelConfig(embed_dim=1024, depth=24, num_heads=16, double_norm=True)
+
+RECIPES: dict[str, tuple[str, PretrainConfig]] = {
+    "vit-b": (
+        "published recipe, ViT-B/16, 224 pixels, mu 1",
+        PretrainConfig(model=ModelConfig(double_norm=True), data=DataConfig(img_size=224)),
+    ),
+    "vit-l": (
+        "published recipe, ViT-L/16, 224 pixels, mu 3",
+        PretrainConfig(model=VIT_L, data=DataConfig(img_size=224), loss=LossConfig(mu=3.0)),
+    ),
+    "tiny": (
+        "0.9 M parameters, patch 4, for 28-32 pixel images",
+        PretrainConfig(
+            model=TINY, epochs=20, warmup_epochs=2, batch_size=256, base_lr=1e-3, save_every=1
+        ),
+    ),
+}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Dataclass to a dictionary that JSON can hold."""
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: str(value) if isinstance(value, Path) else value for key, value in items}
+
+    return dataclasses.asdict(config, dict_factory=plain)
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Inverse of ``to_dict``. Raises: UserError: unknown key, with its name."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}")
+    return cls(**{key: _restore(hints[key], value) for key, value in values.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value)
+    return Path(value) if hint is Path else value

@@ -1,0 +1,134 @@
+// Python's way to the emulated kernels: the launchers of csrc/cuda/launch.h on host pointers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "cuda/launch.h"
+
+namespace py = pybind11;
+using namespace mmae;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Features features(uintptr_t z, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides,
+                  uintptr_t mask, std::vector<int64_t> mask_strides, bool normalize, bool center) {
+  Features f{};
+  const int batch_dims = int(sizes.size()) - 2;
+  f.z = pointer<void>(z);
+  f.dtype = DType(dtype);
+  f.batch = 1;
+  f.batch_dims = batch_dims;
+  f.n = sizes[batch_dims];
+  f.d = sizes[batch_dims + 1];
+  f.row_stride = strides[batch_dims];
+  f.column_stride = strides[batch_dims + 1];
+  f.mask = pointer<bool>(mask);
+  for (int i = 0; i < batch_dims; ++i) {
+    f.batch *= f.batch_sizes[i] = sizes[i];
+    f.z_strides[i] = strides[i];
+    if (mask) f.mask_strides[i] = mask_strides[i];
+  }
+  if (mask) f.mask_stride = mask_strides[batch_dims];
+  f.normalize = normalize;
+  f.center = center;
+  return f;
+}
+
+using Launches = std::vector<std::array<int64_t, 3>>;
+
+template <class F>
+Launches run(const Features& f, unsigned seed, const F& body) {
+  emulation::Launcher launch{seed, {}};
+  emulation::block().barriers.clear();
+  cuda::dispatch(f.dtype, [&](auto* t) { body(launch, t); });
+  return launch.launches;
+}
+
+Launches spectral(const Features& f, bool coding_rate, double scale, uintptr_t value,
+                  uintptr_t weight, unsigned seed) {
+  const cuda::Quantity quantity =
+      coding_rate ? cuda::Quantity::kCodingRate : cuda::Quantity::kRenyi2;
+  return run(f, seed, [&](auto& launch, auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    cuda::launch_spectral<T>(launch, f, quantity, scale, pointer<T>(value), pointer<T>(weight));
+  });
+}
+
+Launches gram(const Features& f, bool samples, uintptr_t out, uintptr_t scale, uintptr_t mean,
+              unsigned seed) {
+  return run(f, seed, [&](auto& launch, auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    cuda::launch_gram<T>(launch, f, samples, pointer<T>(out), pointer<T>(scale), pointer<T>(mean));
+  });
+}
+
+Launches weight_bwd(const Features& f, uintptr_t grad, uintptr_t weight, uintptr_t scale,
+                    uintptr_t mean, uintptr_t grad_z, unsigned seed) {
+  return run(f, seed, [&](auto& launch, auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    cuda::launch_weight_bwd<T>(launch, f, pointer<const T>(grad), pointer<const T>(weight),
+                               pointer<T>(scale), pointer<T>(mean), pointer<void>(grad_z));
+  });
+}
+
+// Faults that the harness must find.
+enum class Fault { kNone, kNoBarrier, kOutOfBounds, kUninitialised, kDivergent };
+
+inline void reverse_kernel(Fault fault, float* out) {
+  const int t = int(threadIdx.x), last = int(blockDim.x) - 1;
+  const emulation::Shared<float> x = emulation::shared_array<float>(0, last + 1);
+  if (fault != Fault::kUninitialised || t != 3) x[t + (fault == Fault::kOutOfBounds)] = float(t);
+  if (fault == Fault::kDivergent && t == 3) return;
+  if (fault != Fault::kNoBarrier) __syncthreads();
+  out[t] = x[last - t];
+}
+
+std::vector<float> reverse(Fault fault, unsigned seed) {
+  std::vector<float> out(64);
+  emulation::Launcher launch{seed, {}};
+  launch(reverse_kernel, 1, 64, 64 * 4, fault, out.data());
+  return out;
+}
+
+py::dict spectral_plan(int64_t k, bool is_double) {
+  const cuda::SpectralPlan p = cuda::spectral_plan(k, is_double);
+  py::dict plan;
+  plan["k"] = p.k;
+  plan["ld"] = p.ld;
+  plan["width"] = p.width;
+  plan["tile"] = p.tile;
+  plan["threads"] = p.threads;
+  plan["shared_bytes"] = p.shared_bytes;
+  return plan;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MODULE_NAME, m) {
+  py::class_<Features>(m, "Features").def(py::init(&features));
+  m.def("spectral", &spectral);
+  m.def("gram", &gram);
+  m.def("weight_bwd", &weight_bwd);
+  m.def("spectral_plan", &spectral_plan);
+  m.def("product_shared_bytes", [](bool d) { return cuda::product_plan(d).shared_bytes; });
+  m.def("rows_shared_bytes",
+        [](int64_t d, bool f64) { return cuda::rows_plan(d, f64).shared_bytes; });
+  m.def("max_order", &cuda::max_order);
+  m.def("barriers", []() { return emulation::block().barriers; });
+  m.def("skip_barrier", [](std::string where) { emulation::block().skipped = where; });
+  py::enum_<Fault>(m, "Fault")
+      .value("none", Fault::kNone)
+      .value("no_barrier", Fault::kNoBarrier)
+      .value("out_of_bounds", Fault::kOutOfBounds)
+      .value("uninitialised", Fault::kUninitialised)
+      .value("divergent", Fault::kDivergent);
+  m.def("reverse", &reverse);
+  m.attr("shared_budget") = cuda::kSharedBudget;
+  m.attr("row_mean_shared_bytes") = cuda::kMeanShared;
+}
