@@ -29,7 +29,7 @@ class Report(NamedTuple):
     note: str
 
 
-class Session:
+class Steps:
     """Runs the steps and remembers how they went."""
 
     def __init__(self, total_s: float = TOTAL_S):
@@ -94,21 +94,21 @@ def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def build(session: Session) -> bool:
+def build(steps: Steps) -> bool:
     """Editable install, so that every package is found; else in place, on PYTHONPATH."""
     print("=== build", flush=True)
     began = time.monotonic()
     offline = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
-    problem = session.execute(python("-m", "pip", "install", *offline, "-e", "."), 180)
+    problem = steps.execute(python("-m", "pip", "install", *offline, "-e", "."), 180)
     note = "pip install -e ."
     if problem:
         print(f"pip could not install ({problem}); building in place", flush=True)
-        problem = session.execute(python("setup.py", "build_ext", "--inplace"), 180)
+        problem = steps.execute(python("setup.py", "build_ext", "--inplace"), 180)
         note = "setup.py build_ext --inplace"
     if not problem:
         see = "import mmae_fast.dispatch as d, sys; sys.exit(d.EXTENSION_ERROR)"
-        problem = session.execute(python("-c", see), 60)
-    return session.record("build", began, problem, note)
+        problem = steps.execute(python("-c", see), 60)
+    return steps.record("build", began, problem, note)
 
 
 def gpu_tests() -> list[str]:
@@ -140,20 +140,20 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=places)
 
 
-def sanitise(session: Session) -> None:
+def sanitise(steps: Steps) -> None:
     backends = own_backends()
     if "cuda" not in backends:
-        return session.skip("compute-sanitizer", "no CUDA kernels to sanitise yet")
+        return steps.skip("compute-sanitizer", "no CUDA kernels to sanitise yet")
     tool = find_sanitizer()
     if tool is None:
         print("=== compute-sanitizer", flush=True)
-        session.record("compute-sanitizer", time.monotonic(), "compute-sanitizer is not installed")
+        steps.record("compute-sanitizer", time.monotonic(), "compute-sanitizer is not installed")
         return None
     small = python("-m", "benchmarks.gpu", "--small-cases")
     for name in ("memcheck", "racecheck"):
         command = [tool, "--tool", name, "--error-exitcode", "1", *small]
         # Without the caching allocator every tensor is an allocation whose bounds are checked.
-        session.step(name, command, 70, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        steps.step(name, command, 70, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return None
 
 
@@ -175,15 +175,15 @@ def small_cases() -> None:
     torch.cuda.synchronize()
 
 
-def benchmark(session: Session) -> None:
+def benchmark(steps: Steps) -> None:
     before = {p: p.stat().st_mtime for p in RESULTS.glob("*.json")}
-    problem = session.execute(python("-m", "benchmarks.vendor"), 60)
+    problem = steps.execute(python("-m", "benchmarks.vendor"), 60)
     if problem:
-        session.skip("cuSOLVER XsyevBatched", f"not compared with: {problem}")
-    limit = max(30.0, session.left() - 60)  # what is left when the last case began late
+        steps.skip("cuSOLVER XsyevBatched", f"not compared with: {problem}")
+    limit = max(30.0, steps.left() - 60)  # what is left when the last case began late
     command = python("-m", "benchmarks.run", "--device", "cuda", "--budget", "0.7")
     command += ["--time-limit", f"{limit:.0f}"]
-    session.step("benchmark", command + ([] if problem else ["--vendor"]), 420)
+    steps.step("benchmark", command + ([] if problem else ["--vendor"]), 420)
     written = [p for p in RESULTS.glob("*.json") if before.get(p) != p.stat().st_mtime]
     for path in written:
         print(f"results: {path.relative_to(ROOT)}")
@@ -203,19 +203,19 @@ def main(argv: list[str] | None = None) -> int:
     if options.small_cases:
         small_cases()
         return 0
-    session = Session()
-    if build(session):
+    steps = Steps()
+    if build(steps):
         files = gpu_tests()
         tests = python("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files)
         if files:
-            session.step("tests", tests, 150)
+            steps.step("tests", tests, 150)
         else:
-            session.skip("tests", "no test is marked gpu")
-        sanitise(session)
-        benchmark(session)
-    for name, outcome, seconds, note in session.reports:
+            steps.skip("tests", "no test is marked gpu")
+        sanitise(steps)
+        benchmark(steps)
+    for name, outcome, seconds, note in steps.reports:
         print(f"{outcome}  {seconds:6.1f} s  {name}  {note}")
-    return int(any(report.outcome == "FAIL" for report in session.reports))
+    return int(any(report.outcome == "FAIL" for report in steps.reports))
 
 
 if __name__ == "__main__":

@@ -264,12 +264,12 @@ def test_gpu_script_without_gpu():
 
 
 def test_gpu_steps_go_on_after_a_failure(capfd):
-    session = gpu.Session(total_s=60)
-    assert not session.step("bad", gpu.python("-c", "raise SystemExit(3)"), 30)
-    assert session.step("good", gpu.python("-c", "print('ran')"), 30)
-    assert not session.step("slow", gpu.python("-c", "import time; time.sleep(60)"), 5)
-    assert [r.outcome for r in session.reports] == ["FAIL", "PASS", "FAIL"]
-    assert [r.note for r in session.reports[::2]] == ["exit status 3", "stopped after 5 s"]
+    steps = gpu.Steps(total_s=60)
+    assert not steps.step("bad", gpu.python("-c", "raise SystemExit(3)"), 30)
+    assert steps.step("good", gpu.python("-c", "print('ran')"), 30)
+    assert not steps.step("slow", gpu.python("-c", "import time; time.sleep(60)"), 5)
+    assert [r.outcome for r in steps.reports] == ["FAIL", "PASS", "FAIL"]
+    assert [r.note for r in steps.reports[::2]] == ["exit status 3", "stopped after 5 s"]
     assert "ran" in capfd.readouterr().out
 
 
@@ -285,7 +285,7 @@ def test_gpu_steps(monkeypatch, tmp_path, capsys, broken):
     monkeypatch.setattr(gpu, "missing_gpu", lambda: None)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu, "own_backends", lambda: [])
-    monkeypatch.setattr(gpu.Session, "execute", execute)
+    monkeypatch.setattr(gpu.Steps, "execute", execute)
     status = gpu.main([])
     assert status == (broken in ("pytest", "benchmarks.run"))
     text = capsys.readouterr().out

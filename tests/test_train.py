@@ -44,6 +44,15 @@ MODEL = ModelConfig(
 STEPS_PER_EPOCH = 4  # 70 images in batches of 16
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small to share among threads, which wait for each other instead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def data():
     rng = torch.Generator().manual_seed(0)
@@ -337,7 +346,10 @@ def test_ctrl_c_in_a_process(tmp_path):
     command = [sys.executable, "-m", "mmae_fast.cli", "pretrain", "--data.train", "digits"]
     command += ["--out", str(out), "--epochs", "400", "--log-every", "1", "--device", "cpu"]
     command += ["--model.patch-size", "4", "--model.depth", "1", "--model.embed-dim", "16"]
-    environment = os.environ | {"PYTHONPATH": str(Path(train.__file__).parents[1])}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(train.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
