@@ -9,6 +9,7 @@ Every loss is a number to minimise, computed in float32 whatever autocast says.
 from torch import Tensor, nn
 
 from .ops import fast_coding_rate, fast_gram, fast_matrix_entropy
+from .reference import accumulation_dtype
 
 
 def tcr_loss(z: Tensor, mu: float = 1.0, center: bool = False, *, backend: str = "auto") -> Tensor:
@@ -86,7 +87,7 @@ class MatrixEntropyRegularizer(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z (..., n, d) -> the weighted term, shape (...)."""
         if self.kind == "none":
-            return z.new_zeros(z.shape[:-2]).float()
+            return z.new_zeros(z.shape[:-2], dtype=accumulation_dtype(z.dtype))
         if self.kind == "uniformity":
             return self.weight * uniformity_loss(z, backend=self.backend)
         if self.kind == "tcr":

@@ -188,7 +188,8 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, gram=gram):
     parts = gram(z, mask, samples, normalize, center)
     if z.device.type == "cpu":  # elsewhere, to look would be to synchronise
         trace = parts.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        if (scale * trace * torch.finfo(dtype).eps > SWAMPED).any():
+        swamped = scale * trace * torch.finfo(dtype).eps > SWAMPED
+        if (swamped & torch.isfinite(trace)).any():
             z = z.double()
             parts = gram(z, mask, samples, normalize, center)
     value, v = coding_rate_of_gram(parts.gram, scale, need_weight)

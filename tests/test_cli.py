@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmae_fast import cli, demo
 from mmae_fast.config import DemoConfig, ModelConfig
@@ -17,15 +16,6 @@ pytest.importorskip("sklearn")
 SMALL = ["--model.patch-size", "2", "--model.embed-dim", "16", "--model.depth", "1"]
 SMALL += ["--model.num-heads", "2", "--model.decoder-embed-dim", "8"]
 SMALL += ["--model.decoder-num-heads", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to share among threads, which wait for each other instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def mmae(*arguments):

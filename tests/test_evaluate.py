@@ -21,15 +21,6 @@ from mmae_fast.evaluate import (
 from mmae_fast.models import MaskedAutoencoder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to share among threads, which wait for each other instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def blobs(spread, count=300, dim=8, classes=4, seed=0):
     """Gaussian clusters around the same centres, to learn from and to score on."""
     rng = torch.Generator().manual_seed(seed)

@@ -44,15 +44,6 @@ MODEL = ModelConfig(
 STEPS_PER_EPOCH = 4  # 70 images in batches of 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to share among threads, which wait for each other instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def data():
     rng = torch.Generator().manual_seed(0)

@@ -1,0 +1,6 @@
+"""One thread for all tests but those about threads: the matrices here are too small to share, and
+suites that run side by side would wait for each other's threads."""
+
+import torch
+
+torch.set_num_threads(1)
