@@ -87,6 +87,15 @@ def test_gradients_accumulate_and_scale(q, backend):
     torch.testing.assert_close(triple, 3 * single)
 
 
+@pytest.mark.parametrize("op", ["coding_rate_fwd", "matrix_entropy_fwd"])
+def test_operator_without_weight_has_no_gradient(op):
+    z = features("gaussian", 4, 7).requires_grad_()
+    value, weight = getattr(torch.ops.mmae_fast, op)(z, None, 2.0, True, False, False, "cpu")
+    assert weight.numel() == 0
+    with pytest.raises(RuntimeError, match=f"{op}: a gradient needs need_weight=True"):
+        value.backward()
+
+
 # --------------------------------------------------------------------------------------------------
 # torch.library
 
