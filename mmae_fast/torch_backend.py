@@ -146,14 +146,18 @@ def entropy_of_gram(g: Tensor, alpha: float, need_weight: bool) -> tuple[Tensor,
             v = g * (-2 / square).to(g.dtype)[..., None, None]
             v.diagonal(dim1=-2, dim2=-1).add_((2 / tau).unsqueeze(-1))
     else:
-        rho = torch.where((poison == 0)[..., None, None], g / tau[..., None, None], 0)
-        rho.diagonal(dim1=-2, dim2=-1).add_((empty | (poison != 0)).to(g.dtype).unsqueeze(-1))
+        # Eigensolvers reject NaN and Inf: they get I there. (On the CPU it costs nothing to look.)
+        usable = ~empty & (poison == 0)
+        if g.device.type != "cpu" or not usable.all():
+            eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+            g = torch.where(usable[..., None, None], g, eye)
+            tau = torch.where(usable, tau, g.shape[-1])
         if need_weight:
-            lam, vectors = torch.linalg.eigh(rho)
-            h, f = entropy_of_spectrum(lam, alpha)
+            lam, vectors = torch.linalg.eigh(g)
+            h, f = entropy_of_spectrum(lam / tau.unsqueeze(-1), alpha)
             v = (vectors * (f / tau.unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT
         else:
-            h, _ = entropy_of_spectrum(torch.linalg.eigvalsh(rho), alpha)
+            h, _ = entropy_of_spectrum(torch.linalg.eigvalsh(g) / tau.unsqueeze(-1), alpha)
     h = torch.where(empty, 0, h) + poison
     if v is not None:
         v = torch.where(empty[..., None, None], 0, v) + poison[..., None, None]
