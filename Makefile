@@ -18,8 +18,10 @@ $(BIN)/python:
 $(VENV)/.requirements: pyproject.toml | $(BIN)/python
 	$(PIP) install -q "torch>=2.11" torchvision "setuptools>=77" wheel ninja
 	@touch $@
+# Two GPU generations (and PTX for the rest) where the CUDA toolkit is found, so that it stays short;
+# `pip install .` builds for all.
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
-	$(PIP) install -q --no-build-isolation -e ".[test,lint]"
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX;9.0a}" $(PIP) install -q --no-build-isolation -e ".[test,lint]"
 	@touch $@
 
 # Real labelled images for the demo, from the distribution where that is possible.
