@@ -9,6 +9,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <Python.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstdlib>
 #include <optional>
@@ -107,6 +110,20 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType t
   return torch::stable::new_empty(like, shape, type);
 }
 
+// Large results are fresh memory at every call. In pages of 4 KB their first use would fault once per
+// page, which costs more than computing them; so large pages are asked for, inside the tensor only.
+Tensor empty_large(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  Tensor result = empty(like, shape, type);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const auto at = reinterpret_cast<uintptr_t>(result.const_data_ptr());
+  const uintptr_t bytes = uintptr_t(result.numel()) * uintptr_t(result.element_size());
+  const uintptr_t begin = (at + kPage - 1) / kPage * kPage, end = (at + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return result;
+}
+
 struct Outputs {
   Tensor value, weight;
 };
@@ -120,7 +137,7 @@ Outputs allocate(const Tensor& z, const Features& f, bool need_weight) {
   } else {
     shape = {0};
   }
-  return {value, empty(z, shape, accumulation_type(z))};
+  return {value, empty_large(z, shape, accumulation_type(z))};
 }
 
 std::tuple<Tensor, Tensor> coding_rate(const Tensor& z, const std::optional<Tensor>& mask,
@@ -150,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Ten
   rows.push_back(f.n);
   columns.push_back(f.d);
   const ScalarType type = accumulation_type(z);
-  Tensor g = empty(z, square, type), inverse_norm = empty(z, rows, type),
+  Tensor g = empty_large(z, square, type), inverse_norm = empty(z, rows, type),
          mean = empty(z, columns, type);
   kernels().gram(f, samples, g.mutable_data_ptr(), inverse_norm.mutable_data_ptr(),
                  mean.mutable_data_ptr(), parallel_for);
@@ -169,7 +186,7 @@ Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tenso
   std::vector<int64_t> shape = batch_shape(z);
   shape.push_back(f.n);
   shape.push_back(f.d);
-  Tensor grad_z = empty(z, shape, z.scalar_type());
+  Tensor grad_z = empty_large(z, shape, z.scalar_type());
   kernels().weight_bwd(f, grad.const_data_ptr(), weight.const_data_ptr(), grad_z.mutable_data_ptr(),
                        parallel_for);
   return grad_z;

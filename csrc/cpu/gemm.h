@@ -17,7 +17,7 @@ constexpr int NR = NV * kLanes<T>;
 inline int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 inline int64_t ceil_div(int64_t x, int64_t m) { return (x + m - 1) / m; }
 
-enum class Write { kSet, kAdd, kSubtract };
+enum class Write { kSet, kAdd, kSubtract, kStream };  // kStream: kSet past the caches
 
 // c[i][j] (=, +=, -=) sum_k a(i, k) b[k * ldb + j] for MR rows and V vectors of columns.
 // kColumns: a(i, k) = a[k * lda + i] (a panel); otherwise a(i, k) = a[i * lda + k] (rows).
@@ -39,6 +39,7 @@ inline void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb
     for (int v = 0; v < V; ++v) {
       T* p = c + i * ldc + v * kLanes<T>;
       if constexpr (kWrite == Write::kSet) store(p, acc[i][v]);
+      if constexpr (kWrite == Write::kStream) stream(p, acc[i][v]);
       if constexpr (kWrite == Write::kAdd) store(p, load(p) + acc[i][v]);
       if constexpr (kWrite == Write::kSubtract) store(p, load(p) - acc[i][v]);
     }
@@ -54,29 +55,65 @@ inline void tile_of_width(int vectors, int64_t depth, const T* a, int64_t lda, c
   tile<T, 1, kColumns, kWrite>(depth, a, lda, b, ldb, c, ldc);
 }
 
-// Rows [i0, i0 + MR) of the upper triangle of G (k x k, leading dimension ldg) from packed panels
-// of the k columns: G (+)= Bᵀ B. Columns left of i0 (down to a multiple of the panel) may be
-// written too, with their true values.
+// Columns [j0, j0 + NR) of the upper triangle of G (k x k, leading dimension ldg): G (+)= Bᵀ B, B
+// packed in panels of `stride` rows of which `depth` are used. One panel stays in the first-level
+// cache while all rows above its diagonal use it. Entries below the diagonal may be written too.
 template <class T, Write kWrite>
-inline void gram_rows(const T* panels, int64_t depth, int64_t k, int64_t i0, T* g, int64_t ldg) {
-  const T* a = panels + i0 / NR<T> * NR<T> * depth + i0 % NR<T>;
-  for (int64_t j0 = i0 / NR<T> * NR<T>; j0 < k; j0 += NR<T>) {
-    const T* b = panels + j0 * depth;
-    // Whole vectors of this panel that lie left of the diagonal are skipped.
+inline void gram_panel(const T* panels, int64_t stride, int64_t depth, int64_t k, int64_t j0, T* g,
+                       int64_t ldg) {
+  const T* b = panels + j0 * stride;
+  const int64_t end = std::min<int64_t>(NV, ceil_div(k - j0, kLanes<T>));
+  for (int64_t i0 = 0; i0 < std::min(j0 + NR<T>, k); i0 += MR) {
+    const T* a = panels + i0 / NR<T> * NR<T> * stride + i0 % NR<T>;
+    // Whole vectors that lie left of the diagonal are skipped.
     const int64_t skip = j0 < i0 ? (i0 - j0) / kLanes<T> : 0;
-    const int64_t end = std::min<int64_t>(NV, ceil_div(k - j0, kLanes<T>));
+    if (skip >= end) break;
     tile_of_width<T, true, kWrite>(int(end - skip), depth, a, NR<T>, b + skip * kLanes<T>, NR<T>,
                                    g + i0 * ldg + j0 + skip * kLanes<T>, ldg);
   }
 }
 
-// out(j, :) = column j of the k x k matrix g whose upper triangle is valid.
+// dst (columns x rows) = transpose of src (rows x columns); whole blocks in registers.
 template <class T>
-inline void mirror_upper(T* g, int64_t k, int64_t ldg) {
-  constexpr int64_t B = 16;  // block, so that both sides stay in few cache lines
-  for (int64_t i0 = 0; i0 < k; i0 += B)
-    for (int64_t j0 = i0; j0 < k; j0 += B)
-      for (int64_t i = i0; i < std::min(i0 + B, k); ++i)
-        for (int64_t j = std::max(j0, i + 1); j < std::min(j0 + B, k); ++j)
-          g[j * ldg + i] = g[i * ldg + j];
+inline void transpose(const T* src, int64_t lds, int64_t rows, int64_t columns, T* dst,
+                      int64_t ldd) {
+  constexpr int VL = kLanes<T>;
+  int64_t i0 = 0;
+  for (; i0 + VL <= rows; i0 += VL) {
+    int64_t j0 = 0;
+    for (; j0 + VL <= columns; j0 += VL) {
+      Vec<T> x[VL];
+      for (int i = 0; i < VL; ++i) x[i] = load(src + (i0 + i) * lds + j0);
+      transpose_block<T>(x);
+      for (int j = 0; j < VL; ++j) store(dst + (j0 + j) * ldd + i0, x[j]);
+    }
+    for (; j0 < columns; ++j0)
+      for (int i = 0; i < VL; ++i) dst[j0 * ldd + i0 + i] = src[(i0 + i) * lds + j0];
+  }
+  for (; i0 < rows; ++i0)
+    for (int64_t j = 0; j < columns; ++j) dst[j * ldd + i0] = src[i0 * lds + j];
+}
+
+// Completes the k x k matrix g from its upper triangle, or from its lower one; rows and columns up
+// to a multiple of the vector length exist.
+template <class T, bool kFromUpper>
+inline void mirror(T* g, int64_t k, int64_t ldg) {
+  constexpr int VL = kLanes<T>;
+  for (int64_t i0 = 0; i0 < k; i0 += VL) {
+    T* diagonal = g + i0 * ldg + i0;
+    for (int i = 0; i < VL; ++i)
+      for (int j = 0; j < i; ++j) {
+        if constexpr (kFromUpper)
+          diagonal[i * ldg + j] = diagonal[j * ldg + i];
+        else
+          diagonal[j * ldg + i] = diagonal[i * ldg + j];
+      }
+    for (int64_t j0 = i0 + VL; j0 < k; j0 += VL) {
+      T *upper = g + i0 * ldg + j0, *lower = g + j0 * ldg + i0;
+      if constexpr (kFromUpper)
+        transpose(upper, ldg, VL, VL, lower, ldg);
+      else
+        transpose(lower, ldg, VL, VL, upper, ldg);
+    }
+  }
 }

@@ -23,13 +23,14 @@ namespace MMAE_ISA {
 
 #include "simd.h"
 #include "gemm.h"
+#include "threads.h"
 #include "factor.h"
 #include "eigen.h"
-#include "threads.h"
 #include "rows.h"
 
-// Depth of a packed block: panels of a few hundred columns then fit a typical second-level cache.
-constexpr int64_t kDepthBlock = 512;
+// Rows of a packed block, so that all its panels fit a second-level cache, and rows of it that one
+// pass of tiles uses, so that a panel fits a first-level cache.
+constexpr int64_t kPackDepth = 512, kTileDepth = 128;
 // Above this, LAPACK's divide and conquer (with its own threads) is the better eigensolver.
 constexpr int64_t kMaxEigen = 256;
 
@@ -40,16 +41,17 @@ int64_t padded(int64_t k) {
 }
 
 // G (+ zero padding) of the prepared rows: upper triangle of k x k, leading dimension padded(k).
+// With `squares` (samples side, n x kLanes), of the raw rows, whose sums of squares go there.
 template <class S, class T>
-void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* g,
-                const Executor& executor) {
+void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* squares,
+                T* g, const Executor& executor) {
   Memory memory;
   const int64_t k = samples ? rows.n : rows.d, depth_total = samples ? rows.d : rows.n;
   const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>);
-  const int64_t block = std::min(depth_total, kDepthBlock);
+  const int64_t block = std::min(depth_total, kPackDepth);
   T* packed = memory.take<T>(panels * NR<T> * std::max<int64_t>(block, 1));
-  if (depth_total == 0 || ldg != round_up(k, kLanes<T>))
-    std::memset(g, 0, size_t(ldg * ldg) * sizeof(T));
+  const int64_t written = depth_total == 0 ? 0 : round_up(k, MR);
+  std::memset(g + written * ldg, 0, size_t((ldg - written) * ldg) * sizeof(T));
   for (int64_t at = 0; at < depth_total; at += block) {
     const int64_t depth = std::min(block, depth_total - at);
     executor.run(panels, 1, [&](int64_t begin, int64_t end) {
@@ -58,24 +60,28 @@ void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* m
           inner.take<T>(samples ? kLanes<T> * round_up(depth, kLanes<T>) : (end - begin) * NR<T>);
       if (samples) {
         for (int64_t p = begin; p < end; ++p)
-          pack_samples(rows, scale, mean, p * NR<T>, at, at + depth, packed + p * NR<T> * depth,
-                       buffer);
+          pack_samples(rows, scale, mean, squares, p * NR<T>, at, at + depth,
+                       packed + p * NR<T> * depth, buffer);
       } else {
         pack_features(rows, scale, mean, true, at, at + depth, begin, end, packed, buffer);
       }
     });
-    const int64_t tiles = ceil_div(k, MR);
-    // Rows of the triangle shorten: thread t of the pool takes rows from both ends
-    // (each pair is equally long).
-    executor.run(ceil_div(tiles, 2), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (const int64_t i : {t, tiles - 1 - t}) {
-          if (at == 0)
-            gram_rows<T, Write::kSet>(packed, depth, k, i * MR, g, ldg);
-          else
-            gram_rows<T, Write::kAdd>(packed, depth, k, i * MR, g, ldg);
-          if (tiles - 1 - t == t) break;  // the middle row of an odd count, once
-        }
+    const auto columns = [&](int64_t p) {
+      for (int64_t sub = 0; sub < depth; sub += kTileDepth) {
+        const T* from = packed + sub * NR<T>;
+        const int64_t count = std::min(kTileDepth, depth - sub);
+        if (at + sub == 0)
+          gram_panel<T, Write::kSet>(from, depth, count, k, p * NR<T>, g, ldg);
+        else
+          gram_panel<T, Write::kAdd>(from, depth, count, k, p * NR<T>, g, ldg);
+      }
+    };
+    // Columns of the triangle lengthen: each thread takes panels from both ends.
+    executor.run(ceil_div(panels, 2), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        columns(p);
+        if (panels - 1 - p != p) columns(panels - 1 - p);
+      }
     });
   }
 }
@@ -92,25 +98,59 @@ template <class S, class T>
 struct Gram {
   Rows<S, T> rows;
   bool samples;
-  int64_t k, ldg, kept;
-  T *scale, *mean, *g;
+  int64_t k, ldg, kept = 0;
+  T *scale, *mean, *g, common_scale = 1;
 
   Gram(const Features& f, int64_t index, bool samples_side, bool scale_free,
        const Executor& executor, Memory& memory)
       : rows(f, index), samples(samples_side), k(samples_side ? f.n : f.d), ldg(padded<T>(k)) {
-    scale = memory.take<T>(f.n + kLanes<T>);
+    scale = memory.take<T>(f.n + 2 * kLanes<T>);
     mean = memory.take<T>(round_up(f.d, NR<T>) + kLanes<T>);
     g = memory.take<T>(ldg * ldg);
+    if (samples && f.normalize && !f.center && normalized_after(executor)) return;
     common_scale = scale_free && !f.normalize ? power_of_two_scale(rows) : T(1);
     kept = prepare(rows, common_scale, scale, mean, executor);
-    gram_upper(rows, samples, scale, mean, g, executor);
-    // The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
+    gram_upper<S, T>(rows, samples, scale, mean, nullptr, g, executor);
+    set_unit_diagonal(f);
+  }
+
+  // The common case reads z once: the product of the raw rows, scaled by 1 / (‖z_i‖ ‖z_j‖) after.
+  // Returns false if a square might not be in range.
+  bool normalized_after(const Executor& executor) {
+    constexpr int VL = kLanes<T>;
+    Memory memory;
+    T* squares = memory.take<T>(round_up(k, VL) * VL);
+    std::memset(mean, 0, size_t(round_up(rows.d, NR<T>)) * sizeof(T));
+    gram_upper<S, T>(rows, true, nullptr, nullptr, squares, g, executor);
+    for (int64_t i = 0; i < k; ++i) {
+      scale[i] = 0;
+      if (!rows.kept(i)) continue;
+      ++kept;
+      const double sum = rows.d ? reduce_add<T>(load(squares + i * VL)) : 0;
+      if (sum > kSquareLow<T> && sum < kSquareHigh<T>) {
+        scale[i] = T(1 / std::sqrt(sum));
+      } else if (sum != 0 || !rows.zero(i)) {
+        kept = 0;
+        return false;
+      }
+    }
+    for (int64_t i = k; i < round_up(k, VL); ++i) scale[i] = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      T* row = g + i * ldg;
+      const Vec<T> left = splat(scale[i]);
+      for (int64_t j = i / VL * VL; j < k; j += VL)
+        store(row + j, load(row + j) * (left * load(scale + j)));
+      if (scale[i] > 0) row[i] = 1;
+    }
+    return true;
+  }
+
+  // The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
+  void set_unit_diagonal(const Features& f) {
     if (samples && f.normalize && !f.center)
       for (int64_t i = 0; i < k; ++i)
         if (scale[i] > 0) g[i * ldg + i] = 1;
   }
-
-  T common_scale;
 
   // v: V on entry (full, leading dimension ldg), W' on return to weight (k x k, contiguous).
   // g must hold the full Gram matrix if rows are normalised on the samples side.
@@ -174,12 +214,13 @@ void fill_nan(T* p, int64_t n) {
   std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
 }
 
-// a = factor · g, zero in the padding.
+// a = factor · g: the upper triangle, and all that is padding.
 template <class T>
-void scaled(const T* g, T factor, int64_t k, int64_t ldg, T* a) {
+void scaled(const T* g, T factor, int64_t ldg, T* a) {
+  constexpr int VL = kLanes<T>;
   for (int64_t i = 0; i < ldg; ++i)
-    for (int64_t j = 0; j < ldg; ++j)
-      a[i * ldg + j] = i < k && j < k ? factor * g[i * ldg + j] : T(0);
+    for (int64_t j = i / VL * VL; j < ldg; j += VL)
+      store(a + i * ldg + j, load(g + i * ldg + j) * splat(factor));
 }
 
 // Returns false where I + cG is not positive definite in T, or z is not finite.
@@ -190,17 +231,18 @@ bool coding_rate_one(const Features& f, int64_t index, double c, Out* value, Out
   Gram<S, T> gram(f, index, f.samples(), false, executor, memory);
   const int64_t k = gram.k, ld = gram.ldg;
   if (!std::isfinite(trace_of(gram.g, k, ld))) return false;
-  if (weight) mirror_upper(gram.g, k, ld);
   T* a = memory.take<T>(ld * ld);
-  scaled(gram.g, T(c), k, ld, a);
+  scaled(gram.g, T(c), ld, a);
   T largest = 0;
   for (int64_t i = 0; i < k; ++i) largest = std::max(largest, a[i * ld + i]);
   const bool offset = largest <= 1;
-  const double log_det = sweep(a, k, ld, weight != nullptr, offset, memory.take<T>(3 * MR * ld));
+  const double log_det = sweep(a, k, ld, weight != nullptr, offset, executor);
   if (!std::isfinite(log_det)) return false;
   *value = Out(log_det);
   if (!weight) return true;
-  for (int64_t i = 0; i < k * ld; ++i) a[i] *= T(c);
+  mirror<T, true>(gram.g, k, ld);
+  mirror<T, false>(a, k, ld);
+  for (int64_t i = 0; i < k * ld; ++i) a[i] *= T(-c);
   // The cI of V = c (I + cG)⁻¹ only changes the norm of normalised, uncentred rows: there it stays
   // out, before it can drown the rest.
   if (offset && (!f.normalize || f.center))
@@ -288,7 +330,7 @@ void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T
     for (int64_t j = i / kLanes<T> * kLanes<T>; j < ld; j += NR<T>)
       tile_of_width<T, true, Write::kSet>(int(std::min<int64_t>(NV, (ld - j) / kLanes<T>)), k,
                                           left + i, ld, vt + j, ld, v + i * ld + j, ld);
-  mirror_upper(v, k, ld);
+  mirror<T, true>(v, k, ld);
 }
 
 // One matrix of entropy_range between its Gram matrix and its value.
@@ -342,7 +384,7 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
       // tau = 0: no rows, or only zero rows. tau not finite: h stays NaN.
       if (task.tau == 0 || !std::isfinite(task.tau)) continue;
       if (weight || alpha != 2) {
-        mirror_upper(task.gram.g, k, ld);
+        mirror<T, true>(task.gram.g, k, ld);
         task.v = memory.take<T>(ld * ld);
       }
       if (alpha == 2)
@@ -375,39 +417,61 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
   }
 }
 
-// grad_z of one matrix on the samples side: grad · W' z, raw z.
+// grad_z of one matrix on the samples side: grad · W' z, raw z. W' is symmetric.
 template <class S, class T>
 void weight_bwd_samples(const Features& f, int64_t index, T grad, const T* weight, S* out,
                         const Executor& executor) {
+  constexpr int64_t kDepth = 256;  // rows of z in a panel that stays in a first-level cache
   Memory memory;
   const Rows<S, T> rows(f, index);
   const int64_t n = f.n, d = f.d, tiles = ceil_div(n, MR);
+  // Tile t of W' as n rows of MR: column k of its rows is row k of these columns.
   T* w = memory.take<T>(tiles * MR * n);
-  for (int64_t i = 0; i < n * n; ++i) w[i] = grad * weight[i];
-  std::memset(w + n * n, 0, size_t((tiles * MR - n) * n) * sizeof(T));
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t width = std::min<int64_t>(MR, n - t * MR);
+    T* to = w + t * MR * n;
+    if (width < MR) std::memset(to, 0, size_t(MR * n) * sizeof(T));
+    for (int64_t k = 0; k < n; ++k) {
+      const T* from = weight + k * n + t * MR;
+      if (width == MR)
+        for (int i = 0; i < MR; ++i) to[k * MR + i] = grad * from[i];
+      else
+        for (int i = 0; i < width; ++i) to[k * MR + i] = grad * from[i];
+    }
+  }
+  const bool whole = std::is_same_v<S, T> && n <= kDepth && d % kLanes<T> == 0 &&
+                     reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
   executor.run(ceil_div(d, NR<T>), 1, [&](int64_t begin, int64_t end) {
     Memory inner;
-    T* panel = inner.take<T>(n * NR<T>);
+    T* panel = inner.take<T>(std::min(n, kDepth) * NR<T>);
     T* buffer = inner.take<T>(NR<T>);
-    T* c = inner.take<T>(MR * NR<T>);
+    T* sum = inner.take<T>(tiles * MR * NR<T>);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t c0 = p * NR<T>, width = std::min(NR<T> + int64_t(0), d - c0);
       const int vectors = int(ceil_div(width, kLanes<T>));
-      // pack_features addresses panel p of a whole set: step back to where panel 0 would be.
-      pack_features<S, T>(rows, nullptr, nullptr, false, 0, n, p, p + 1, panel - p * NR<T> * n,
-                          buffer);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t i0 = t * MR, height = std::min<int64_t>(MR, n - i0);
-        if constexpr (std::is_same_v<S, T>)
-          if (height == MR && width == NR<T>) {
-            tile<T, NV, false, Write::kSet>(n, w + i0 * n, n, panel, NR<T>, out + i0 * d + c0, d);
-            continue;
-          }
-        tile_of_width<T, false, Write::kSet>(vectors, n, w + i0 * n, n, panel, NR<T>, c, NR<T>);
-        for (int64_t i = 0; i < height; ++i)
-          for (int64_t j = 0; j < width; ++j)
-            out[(i0 + i) * d + c0 + j] = to_storage<S>(c[i * NR<T> + j]);
+      for (int64_t at = 0; at < n; at += kDepth) {
+        const int64_t depth = std::min(kDepth, n - at);
+        // pack_features addresses panel p of a whole set: step back to where panel 0 would be.
+        pack_features<S, T>(rows, nullptr, nullptr, false, at, at + depth, p, p + 1,
+                            panel - p * NR<T> * depth, buffer);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const T* a = w + t * MR * n + at * MR;
+          if constexpr (std::is_same_v<S, T>)
+            if (whole && (t + 1) * MR <= n) {
+              tile_of_width<T, true, Write::kStream>(vectors, n, a, MR, panel, NR<T>,
+                                                     out + t * MR * d + c0, d);
+              continue;
+            }
+          T* to = sum + t * MR * NR<T>;
+          if (at == 0)
+            tile_of_width<T, true, Write::kSet>(vectors, depth, a, MR, panel, NR<T>, to, NR<T>);
+          else
+            tile_of_width<T, true, Write::kAdd>(vectors, depth, a, MR, panel, NR<T>, to, NR<T>);
+        }
       }
+      for (int64_t i = whole ? n / MR * MR : 0; i < n; ++i)
+        for (int64_t j = 0; j < width; ++j)
+          out[i * d + c0 + j] = to_storage<S>(sum[i * NR<T> + j]);
     }
   });
 }
@@ -517,7 +581,7 @@ void gram(const Features& f, bool samples, void* out, void* inverse_norm, void* 
       for (int64_t i = begin; i < end; ++i) {
         Memory memory;
         const Gram<decltype(s), T> one(f, i, samples, false, executor, memory);
-        mirror_upper(one.g, k, one.ldg);
+        mirror<T, true>(one.g, k, one.ldg);
         T* to = static_cast<T*>(out) + i * k * k;
         for (int64_t r = 0; r < k; ++r)
           std::memcpy(to + r * k, one.g + r * one.ldg, size_t(k) * sizeof(T));

@@ -26,6 +26,12 @@ struct Rows {
 
   bool kept(int64_t row) const { return !mask || mask[row * mask_stride]; }
 
+  bool zero(int64_t row) const {
+    for (int64_t j = 0; j < d; ++j)
+      if (!(to_compute<T>(z[row * row_stride + j * column_stride]) == 0)) return false;
+    return true;
+  }
+
   // Row `row`, columns [c0, c1), as T: in place where possible, else converted into buffer.
   const T* fetch(int64_t row, int64_t c0, int64_t c1, T* buffer) const {
     const S* p = z + row * row_stride + c0 * column_stride;
@@ -53,13 +59,18 @@ inline double dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
+// Where a sum of squares is exact enough: nothing of weight has vanished or overflowed.
+template <class T>
+constexpr double kSquareLow = sizeof(T) == 4 ? 1e-30 : 1e-280;
+template <class T>
+constexpr double kSquareHigh = sizeof(T) == 4 ? 1e37 : 1e300;
+
 // 1 / ||x||; 0 for a zero row; NaN for a row with NaN or Inf.
 template <class T>
 inline T inverse_norm(const T* x, int64_t n) {
   double sum = dot(x, x, n);
-  const double low = sizeof(T) == 4 ? 1e-30 : 1e-280, high = sizeof(T) == 4 ? 1e37 : 1e300;
-  if (sum > low && sum < high) return T(1 / std::sqrt(sum));
-  // Out of the range where the squares are exact enough: scale by the largest entry.
+  if (sum > kSquareLow<T> && sum < kSquareHigh<T>) return T(1 / std::sqrt(sum));
+  // Otherwise scale by the largest entry.
   double largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     if (!std::isfinite(x[i])) return std::numeric_limits<T>::quiet_NaN();
@@ -128,44 +139,56 @@ T power_of_two_scale(const Rows<S, T>& rows) {
 
 // Panel [j0, j0 + NR) of Zᵀ-as-right-operand on the samples side: rows j0.. of z become columns,
 // depth runs over features [c0, c1). dst: (c1 - c0) x NR. buffer: kLanes x (c1 - c0) rounded up.
+// With `squares` rows stay raw (dropped ones still become zero), and kLanes partial sums of their
+// squares are set at c0 = 0 and added to after.
 template <class S, class T>
-void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, int64_t j0, int64_t c0,
-                  int64_t c1, T* dst, T* buffer) {
+void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squares, int64_t j0,
+                  int64_t c0, int64_t c1, T* dst, T* buffer) {
   constexpr int VL = kLanes<T>;
   const int64_t depth = c1 - c0, stride = round_up(depth, VL);
   for (int g = 0; g < NV; ++g) {
     const int64_t first = j0 + g * VL;
     if (first >= rows.n) {
-      for (int64_t k = 0; k < depth; ++k) store(dst + k * NR<T> + g * VL, Vec<T>{});
+      // Vectors past the last row are not read by any tile.
       continue;
     }
     const T* source[VL];
-    T factor[VL], keep[VL];
+    bool used[VL];
     for (int i = 0; i < VL; ++i) {
       const int64_t row = std::min(first + i, rows.n - 1);
-      const bool used = first + i < rows.n && rows.kept(first + i);
+      used[i] = first + i < rows.n && rows.kept(first + i);
       source[i] = rows.fetch(row, c0, c1, buffer + i * stride);
-      factor[i] = used ? scale[row] : T(0);
-      keep[i] = used ? T(1) : T(0);
     }
+    Vec<T> sums[VL] = {};
+    if (squares && c0 > 0)
+      for (int i = 0; i < VL; ++i) sums[i] = load(squares + (first + i) * VL);
     for (int64_t k = 0; k < depth; k += VL) {
       Vec<T> x[VL];
-      const Vec<T> m = load(mean + c0 + k);
       const int64_t valid = std::min<int64_t>(VL, depth - k);
       for (int i = 0; i < VL; ++i) {
-        if (valid == VL) {
+        // A dropped row may hold NaN or Inf: it is set to zero, not multiplied by it.
+        if (!used[i]) {
+          x[i] = Vec<T>{};
+        } else if (valid == VL) {
           x[i] = load(source[i] + k);
         } else {
           T tail[VL] = {};
           std::memcpy(tail, source[i] + k, valid * sizeof(T));
           x[i] = load(tail);
         }
-        // A dropped row may hold NaN or Inf: it is set to zero, not multiplied by it.
-        x[i] = keep[i] == 0 ? Vec<T>{} : x[i] * splat(factor[i]) - m;
+      }
+      if (squares) {
+        for (int i = 0; i < VL; ++i) sums[i] += x[i] * x[i];
+      } else {
+        const Vec<T> m = load(mean + c0 + k);
+        for (int i = 0; i < VL; ++i)
+          if (used[i]) x[i] = x[i] * splat(scale[first + i]) - m;
       }
       transpose_block<T>(x);
       for (int64_t q = 0; q < valid; ++q) store(dst + (k + q) * NR<T> + g * VL, x[q]);
     }
+    if (squares)
+      for (int i = 0; i < VL; ++i) store(squares + (first + i) * VL, sums[i]);
   }
 }
 

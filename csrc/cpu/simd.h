@@ -31,11 +31,29 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
+// Sum of the lanes, by halves.
+template <class T, int kBytes = kVectorBytes, class V>
+inline T reduce_add(V v) {
+  if constexpr (kBytes == int(sizeof(T))) {
+    return v[0];
+  } else if constexpr (kBytes == 2 * int(sizeof(T))) {
+    return v[0] + v[1];
+  } else {
+    typedef T Part __attribute__((vector_size(kBytes / 2)));
+    Part h[2];
+    __builtin_memcpy(h, &v, kBytes);
+    return reduce_add<T, kBytes / 2>(h[0] + h[1]);
+  }
+}
+
+// A store past the caches, for results that are larger than these; p is aligned to a vector.
 template <class T>
-inline T reduce_add(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+inline void stream(T* p, Vec<T> v) {
+#if MMAE_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), __m512i(v));
+#else
+  store(p, v);
+#endif
 }
 
 // Half-precision storage. The arithmetic is exact where the formats allow it and rounds to nearest
