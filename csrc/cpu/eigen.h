@@ -108,68 +108,73 @@ void form_q(const T* a, int64_t k, int64_t lda, const T* tau, T* q, T* work) {
   }
 }
 
-// Rows first..last of vt take the rotations (c, s)[i] of the planes (i, i + 1), i descending.
-template <class T>
-void rotate_rows(T* vt, int64_t lda, int64_t width, const T* c, const T* s, int64_t first,
-                 int64_t last) {
-  constexpr int VL = kLanes<T>, S = 2;
-  for (int64_t j = 0; j < width; j += S * VL) {
-    const int n = int(std::min<int64_t>(S, (width - j) / VL));
-    if (n == S) {
-      Vec<T> below[S];
-      for (int v = 0; v < S; ++v) below[v] = load(vt + last * lda + j + v * VL);
-      for (int64_t i = last - 1; i >= first; --i) {
-        const Vec<T> ci = splat(c[i]), si = splat(s[i]);
-        for (int v = 0; v < S; ++v) {
-          const Vec<T> x = load(vt + i * lda + j + v * VL);
-          store(vt + (i + 1) * lda + j + v * VL, si * x + ci * below[v]);
-          below[v] = ci * x - si * below[v];
-        }
-      }
-      for (int v = 0; v < S; ++v) store(vt + first * lda + j + v * VL, below[v]);
-    } else {
-      Vec<T> below = load(vt + last * lda + j);
-      for (int64_t i = last - 1; i >= first; --i) {
-        const Vec<T> ci = splat(c[i]), si = splat(s[i]), x = load(vt + i * lda + j);
-        store(vt + (i + 1) * lda + j, si * x + ci * below);
-        below = ci * x - si * below;
-      }
-      store(vt + first * lda + j, below);
+// V vectors of columns of rows first..last of vt take the rotations (c, s)[i] of the planes
+// (i, i + 1), i descending. Each is a chain down the rows; V of them hide its latency.
+template <class T, int V>
+inline void rotate_columns(T* vt, int64_t lda, const double* c, const double* s, int64_t first,
+                           int64_t last) {
+  constexpr int VL = kLanes<T>;
+  Vec<T> below[V];
+  for (int v = 0; v < V; ++v) below[v] = load(vt + last * lda + v * VL);
+  for (int64_t i = last - 1; i >= first; --i) {
+    const Vec<T> ci = splat(T(c[i])), si = splat(T(s[i]));
+    T* row = vt + i * lda;
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> x = load(row + v * VL);
+      store(row + lda + v * VL, si * x + ci * below[v]);
+      below[v] = ci * x - si * below[v];
     }
   }
+  for (int v = 0; v < V; ++v) store(vt + first * lda + v * VL, below[v]);
 }
 
-// Implicit QL on a tridiagonal (d, e), one sweep at a time: d becomes the eigenvalues, unordered.
-// With vt, its rows (on entry the rows of Qᵀ) become the eigenvectors.
+template <class T>
+void rotate_rows(T* vt, int64_t lda, int64_t width, const double* c, const double* s, int64_t first,
+                 int64_t last) {
+  constexpr int VL = kLanes<T>;
+  int64_t j = 0;
+  for (; j + 4 * VL <= width; j += 4 * VL)
+    rotate_columns<T, 4>(vt + j, lda, c, s, first, last);
+  const int64_t rest = (width - j) / VL;
+  if (rest == 3) rotate_columns<T, 3>(vt + j, lda, c, s, first, last);
+  if (rest == 2) rotate_columns<T, 2>(vt + j, lda, c, s, first, last);
+  if (rest == 1) rotate_columns<T, 1>(vt + j, lda, c, s, first, last);
+}
+
+// Implicit QL on a tridiagonal matrix, one sweep at a time: its diagonal becomes the eigenvalues,
+// unordered. With vt, its rows (on entry the rows of Qᵀ) become the eigenvectors.
 //
 // A sweep is a chain of dependent square roots and divisions, which leaves most of a core idle; so
 // ql() below advances several matrices at once and only the state is kept here.
 template <class T>
 struct QlState {
-  double *d, *e;
+  // Diagonal and off-diagonal, then cosine and sine of the current sweep's rotations: k each, side
+  // by side, so that one address serves the four.
+  double* d;
   int64_t k, lda;
-  T *vt, *c, *s;  // c, s: the rotations of the current sweep, k each
+  T* vt;
   double tolerance = 0, g = 0, sine = 1, cosine = 1, shift = 0;
   int64_t l = 0, m = 0, i = 0;  // block [l, m], next rotation in the plane (i, i + 1)
   int iteration = 0;
   bool failed = false;
 
-  QlState(double* diagonal, double* off, int64_t order, T* vectors, int64_t ld, T* cosines,
-          T* sines)
-      : d(diagonal), e(off), k(order), lda(ld), vt(vectors), c(cosines), s(sines) {
+  double* e() const { return d + k; }
+
+  QlState(double* arrays, int64_t order, T* vectors, int64_t ld)
+      : d(arrays), k(order), lda(ld), vt(vectors) {
     double norm = 0;
     for (int64_t j = 0; j < k; ++j)
-      norm = std::max(norm, std::abs(d[j]) + (j + 1 < k ? std::abs(e[j]) : 0));
+      norm = std::max(norm, std::abs(d[j]) + (j + 1 < k ? std::abs(e()[j]) : 0));
     // Off-diagonals below this move no eigenvalue by more than a small part of the rounding of T.
     tolerance = norm * double(std::numeric_limits<T>::epsilon()) * (sizeof(T) == 4 ? 0.02 : 0.5);
-    if (k > 0) e[k - 1] = 0;
+    if (k > 0) e()[k - 1] = 0;
   }
 
   // Sets up the next sweep; false when all eigenvalues are found, or one does not converge.
   bool begin_sweep() {
     for (; l < k; ++l, iteration = 0) {
       m = l;
-      while (m + 1 < k && std::abs(e[m]) > tolerance) ++m;
+      while (m + 1 < k && std::abs(e()[m]) > tolerance) ++m;
       if (m > l) break;
     }
     if (l >= k) return false;
@@ -177,9 +182,9 @@ struct QlState {
       failed = true;
       return false;
     }
-    const double q = (d[l + 1] - d[l]) / (2 * e[l]);
+    const double q = (d[l + 1] - d[l]) / (2 * e()[l]);
     const double root = std::sqrt(q * q + 1);
-    g = d[m] - d[l] + e[l] / (q + (q >= 0 ? root : -root));
+    g = d[m] - d[l] + e()[l] / (q + (q >= 0 ? root : -root));
     sine = cosine = 1;
     shift = 0;
     i = m - 1;
@@ -188,40 +193,45 @@ struct QlState {
 
   void end_sweep() {
     d[l] -= shift;
-    e[l] = g;
-    e[m] = 0;
-    if (vt) rotate_rows(vt, lda, round_up(k, kLanes<T>), c, s, l, m);
+    e()[l] = g;
+    e()[m] = 0;
+    if (vt) rotate_rows(vt, lda, round_up(k, kLanes<T>), d + 2 * k, d + 3 * k, l, m);
   }
 };
 
-// `count` rotations of each of N sweeps, interleaved.
+// `count` rotations of each of N sweeps, interleaved; all matrices are of one order.
 template <class T, int N>
 inline void advance(QlState<T>* const* states, int64_t count) {
-  double g[N], sine[N], cosine[N], shift[N];
+  const int64_t k = states[0]->k;
+  double g[N], sine[N], cosine[N], shift[N], *at[N];
   for (int n = 0; n < N; ++n) {
     g[n] = states[n]->g;
     sine[n] = states[n]->sine;
     cosine[n] = states[n]->cosine;
     shift[n] = states[n]->shift;
+    at[n] = states[n]->d + states[n]->i;
+    states[n]->i -= count;
   }
   for (int64_t step = 0; step < count; ++step)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      QlState<T>& q = *states[n];
-      const int64_t i = q.i--;
-      const double f = sine[n] * q.e[i], b = cosine[n] * q.e[i];
-      const double r = std::sqrt(f * f + g[n] * g[n]);
-      // r = 0: nothing to annihilate, and any rotation will do.
-      const double inverse = r == 0 ? 0 : 1 / r;
-      q.e[i + 1] = r;
+      double* p = at[n]--;
+      const double f = sine[n] * p[k], b = cosine[n] * p[k];
+      const double square = f * f + g[n] * g[n];
+      // square = 0: nothing to annihilate, and any rotation will do. The division does not wait for
+      // the square root.
+      const bool some = square > 1e-300;
+      const double r = std::sqrt(square), inverse = r * (1 / (some ? square : 1));
+      p[k + 1] = r;
       sine[n] = f * inverse;
-      cosine[n] = r == 0 ? 1 : g[n] * inverse;
-      const double h = q.d[i + 1] - shift[n];
-      const double t = (q.d[i] - h) * sine[n] + 2 * cosine[n] * b;
+      cosine[n] = some ? g[n] * inverse : 1;
+      const double h = p[1] - shift[n];
+      const double t = (p[0] - h) * sine[n] + 2 * cosine[n] * b;
       shift[n] = sine[n] * t;
-      q.d[i + 1] = h + shift[n];
+      p[1] = h + shift[n];
       g[n] = cosine[n] * t - b;
-      q.c[i] = T(cosine[n]);
-      q.s[i] = T(sine[n]);
+      p[2 * k] = cosine[n];
+      p[3 * k] = sine[n];
     }
   for (int n = 0; n < N; ++n) {
     states[n]->g = g[n];
@@ -231,7 +241,7 @@ inline void advance(QlState<T>* const* states, int64_t count) {
   }
 }
 
-constexpr int kQlGroup = 4;
+constexpr int kQlGroup = 6;
 
 // Runs up to kQlGroup eigenproblems to their end.
 template <class T>
@@ -243,10 +253,16 @@ void ql(QlState<T>* states, int count) {
   while (n > 0) {
     int64_t steps = active[0]->i - active[0]->l + 1;
     for (int j = 1; j < n; ++j) steps = std::min(steps, active[j]->i - active[j]->l + 1);
-    if (n == 4) advance<T, 4>(active, steps);
-    if (n == 3) advance<T, 3>(active, steps);
-    if (n == 2) advance<T, 2>(active, steps);
-    if (n == 1) advance<T, 1>(active, steps);
+    switch (n) {
+      case 8: advance<T, 8>(active, steps); break;
+      case 7: advance<T, 7>(active, steps); break;
+      case 6: advance<T, 6>(active, steps); break;
+      case 5: advance<T, 5>(active, steps); break;
+      case 4: advance<T, 4>(active, steps); break;
+      case 3: advance<T, 3>(active, steps); break;
+      case 2: advance<T, 2>(active, steps); break;
+      default: advance<T, 1>(active, steps);
+    }
     int kept = 0;
     for (int j = 0; j < n; ++j) {
       QlState<T>* q = active[j];

@@ -14,28 +14,36 @@
 // For the same reason the inverse of a small X comes without its identity (`offset`); of a large X
 // it would be (I + X)⁻¹ - I that loses digits.
 
-// L D Lᵀ of I + X for a block X (MR x MR): unit lower l, inverse[p] = 1 / D_p. Adds the logs of the
+// L D Lᵀ of I + X for a block X (MR x MR, its upper triangle): unit lower l, inverse[p] = 1 / D_p. Adds the logs of the
 // pivots D_p to *log_det; returns false at a pivot that cannot be one of I + X, which are at least
 // 1 (NaN included): a float32 pivot much below 1 tells that rounding of X has swamped the identity.
 template <class T>
-inline bool factor_block(const T* x, T* l, T* inverse, double* log_det) {
-  T d[MR * MR];
-  std::memcpy(d, x, sizeof d);
+inline bool factor_block(const T* x, int64_t ld, T* l, T* inverse, double* log_det) {
+  typedef T Row __attribute__((vector_size(MR * sizeof(T))));
+  Row d[MR];
+  for (int i = 0; i < MR; ++i) std::memcpy(&d[i], x + i * ld, sizeof(Row));
   double product = 1;
+  bool possible = true;
+#pragma GCC unroll 8
   for (int p = 0; p < MR; ++p) {
-    const double pivot = 1 + double(d[p * MR + p]);
-    if (!(pivot > (sizeof(T) == 4 ? 0.999 : 0))) return false;
+    const double pivot = 1 + double(d[p][p]);
+    possible &= pivot > (sizeof(T) == 4 ? 0.999 : 0);
     product *= pivot;
     if (sizeof(T) == 8 || p % 4 == 3) {  // 4 float32 pivots cannot overflow a double
       *log_det += std::log(product);
       product = 1;
     }
-    inverse[p] = T(1 / pivot);
-    for (int i = p + 1; i < MR; ++i) l[i * MR + p] = d[p * MR + i] * inverse[p];
-    for (int i = p + 1; i < MR; ++i)
-      for (int j = i; j < MR; ++j) d[i * MR + j] -= l[i * MR + p] * d[p * MR + j];
+    // Only a factor of what is subtracted from X, so rounding 1 + x to T does no harm here.
+    inverse[p] = 1 / (1 + d[p][p]);
+    const Row factor = d[p] * (inverse[p] - Row{});
+    // Whole rows, for whole vectors: what is left of the diagonal is not used again.
+#pragma GCC unroll 8
+    for (int i = p + 1; i < MR; ++i) {
+      l[i * MR + p] = factor[i];
+      d[i] -= (factor[i] - Row{}) * d[p];
+    }
   }
-  return true;
+  return possible;
 }
 
 // For rows r (MR x width), columns [first, last): y = L⁻¹ r.
@@ -81,14 +89,13 @@ struct BlockFactor {
   T l[kSweepMax / MR][MR * MR], inverse[kSweepMax], lt[kSweepMax * kSweepMax];
 
   bool factor(const T* a, int64_t lda, int64_t h, double* log_det) {
+    if (h == MR) return factor_block(a, lda, l[0], inverse, log_det);
     T f[kSweepMax * kSweepMax];
     for (int64_t i = 0; i < h; ++i) std::memcpy(f + i * kSweepMax, a + i * lda, h * sizeof(T));
     const int64_t width = round_up(h, kLanes<T>);
     for (int64_t p = 0; p < h; p += MR) {
-      T *row = f + p * kSweepMax, tile[MR * MR];
-      for (int i = 0; i < MR; ++i)
-        for (int j = i; j < MR; ++j) tile[i * MR + j] = row[i * kSweepMax + p + j];
-      if (!factor_block(tile, l[p / MR], inverse + p, log_det)) return false;
+      T* row = f + p * kSweepMax;
+      if (!factor_block(row + p, kSweepMax, l[p / MR], inverse + p, log_det)) return false;
       if (p + MR >= h) break;
       const int64_t first = (p + MR) / kLanes<T> * kLanes<T>;
       solve_lower(l[p / MR], row, kSweepMax, first, width);
@@ -158,10 +165,12 @@ double sweep(T* a, int64_t k, int64_t lda, bool invert, bool offset, const Execu
         T* r = y + i * ld;
         std::memcpy(r + c0, a + (b + i) * lda + c0, (c1 - c0) * sizeof(T));
         // The block's own columns: I or X, of which the solution is (I + X)⁻¹ or I - (I + X)⁻¹.
-        if (invert)
-          for (int64_t j = std::max(b, c0); j < std::min(end, c1); ++j)
-            r[j] = offset ? a[(b + std::min(i, j - b)) * lda + b + std::max(i, j - b)]
-                          : T(i == j - b);
+        if (!invert) continue;
+        const int64_t own = std::min(end, c1);
+        if (offset)
+          for (int64_t j = std::max(b, c0); j < std::min(b + i, own); ++j) r[j] = a[j * lda + b + i];
+        else
+          for (int64_t j = std::max(b, c0); j < own; ++j) r[j] = T(b + i == j);
       }
       factor.solve(h, y, z, p, ld, c0, c1);
     });

@@ -58,9 +58,10 @@ inline void tile_of_width(int vectors, int64_t depth, const T* a, int64_t lda, c
 // Columns [j0, j0 + NR) of the upper triangle of G (k x k, leading dimension ldg): G (+)= Bᵀ B, B
 // packed in panels of `stride` rows of which `depth` are used. One panel stays in the first-level
 // cache while all rows above its diagonal use it. Entries below the diagonal may be written too.
-template <class T, Write kWrite>
+// between(): called after every tile.
+template <class T, Write kWrite, class F>
 inline void gram_panel(const T* panels, int64_t stride, int64_t depth, int64_t k, int64_t j0, T* g,
-                       int64_t ldg) {
+                       int64_t ldg, const F& between) {
   const T* b = panels + j0 * stride;
   const int64_t end = std::min<int64_t>(NV, ceil_div(k - j0, kLanes<T>));
   for (int64_t i0 = 0; i0 < std::min(j0 + NR<T>, k); i0 += MR) {
@@ -70,6 +71,7 @@ inline void gram_panel(const T* panels, int64_t stride, int64_t depth, int64_t k
     if (skip >= end) break;
     tile_of_width<T, true, kWrite>(int(end - skip), depth, a, NR<T>, b + skip * kLanes<T>, NR<T>,
                                    g + i0 * ldg + j0 + skip * kLanes<T>, ldg);
+    between();
   }
 }
 

@@ -41,10 +41,10 @@ int64_t padded(int64_t k) {
 }
 
 // G (+ zero padding) of the prepared rows: upper triangle of k x k, leading dimension padded(k).
-// With `squares` (samples side, n x kLanes), of the raw rows, whose sums of squares go there.
+// With `squares` (samples side, n to whole vectors), of the raw rows, whose sums of squares go there.
 template <class S, class T>
 void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* squares,
-                T* g, const Executor& executor) {
+                T* g, Prefetch& ahead, const Executor& executor) {
   Memory memory;
   const int64_t k = samples ? rows.n : rows.d, depth_total = samples ? rows.d : rows.n;
   const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>);
@@ -66,14 +66,17 @@ void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* m
         pack_features(rows, scale, mean, true, at, at + depth, begin, end, packed, buffer);
       }
     });
+    const auto between = [&]() {
+      if (!executor.parallel) ahead.some();
+    };
     const auto columns = [&](int64_t p) {
       for (int64_t sub = 0; sub < depth; sub += kTileDepth) {
         const T* from = packed + sub * NR<T>;
         const int64_t count = std::min(kTileDepth, depth - sub);
         if (at + sub == 0)
-          gram_panel<T, Write::kSet>(from, depth, count, k, p * NR<T>, g, ldg);
+          gram_panel<T, Write::kSet>(from, depth, count, k, p * NR<T>, g, ldg, between);
         else
-          gram_panel<T, Write::kAdd>(from, depth, count, k, p * NR<T>, g, ldg);
+          gram_panel<T, Write::kAdd>(from, depth, count, k, p * NR<T>, g, ldg, between);
       }
     };
     // Columns of the triangle lengthen: each thread takes panels from both ends.
@@ -101,32 +104,36 @@ struct Gram {
   int64_t k, ldg, kept = 0;
   T *scale, *mean, *g, common_scale = 1;
 
-  Gram(const Features& f, int64_t index, bool samples_side, bool scale_free,
+  Gram(const Features& f, int64_t index, int64_t end, bool samples_side, bool scale_free,
        const Executor& executor, Memory& memory)
       : rows(f, index), samples(samples_side), k(samples_side ? f.n : f.d), ldg(padded<T>(k)) {
     scale = memory.take<T>(f.n + 2 * kLanes<T>);
     mean = memory.take<T>(round_up(f.d, NR<T>) + kLanes<T>);
     g = memory.take<T>(ldg * ldg);
-    if (samples && f.normalize && !f.center && normalized_after(executor)) return;
+    // Tiles of the product, about: half of (k / MR)(k / NR), for every block of the depth.
+    const int64_t tiles = ceil_div(k, MR) * ceil_div(k + NR<T>, NR<T>) / 2;
+    Prefetch ahead(f, sizeof(S), index, end, tiles * ceil_div(f.d, kTileDepth));
+    if (samples && f.normalize && !f.center && normalized_after(ahead, executor)) return;
     common_scale = scale_free && !f.normalize ? power_of_two_scale(rows) : T(1);
     kept = prepare(rows, common_scale, scale, mean, executor);
-    gram_upper<S, T>(rows, samples, scale, mean, nullptr, g, executor);
+    Prefetch none;
+    gram_upper<S, T>(rows, samples, scale, mean, nullptr, g, none, executor);
     set_unit_diagonal(f);
   }
 
   // The common case reads z once: the product of the raw rows, scaled by 1 / (‖z_i‖ ‖z_j‖) after.
   // Returns false if a square might not be in range.
-  bool normalized_after(const Executor& executor) {
+  bool normalized_after(Prefetch& ahead, const Executor& executor) {
     constexpr int VL = kLanes<T>;
     Memory memory;
-    T* squares = memory.take<T>(round_up(k, VL) * VL);
+    T* squares = memory.take<T>(round_up(k, VL));
     std::memset(mean, 0, size_t(round_up(rows.d, NR<T>)) * sizeof(T));
-    gram_upper<S, T>(rows, true, nullptr, nullptr, squares, g, executor);
+    gram_upper<S, T>(rows, true, nullptr, nullptr, squares, g, ahead, executor);
     for (int64_t i = 0; i < k; ++i) {
       scale[i] = 0;
       if (!rows.kept(i)) continue;
       ++kept;
-      const double sum = rows.d ? reduce_add<T>(load(squares + i * VL)) : 0;
+      const double sum = rows.d ? squares[i] : 0;
       if (sum > kSquareLow<T> && sum < kSquareHigh<T>) {
         scale[i] = T(1 / std::sqrt(sum));
       } else if (sum != 0 || !rows.zero(i)) {
@@ -153,7 +160,8 @@ struct Gram {
   }
 
   // v: V on entry (full, leading dimension ldg), W' on return to weight (k x k, contiguous).
-  // g must hold the full Gram matrix if rows are normalised on the samples side.
+  // g must hold the full Gram matrix if rows are normalised on the samples side; columns of v and g
+  // past k, to whole vectors, are zero in one of them and finite in the other.
   void fold(T* v, T* weight) const {
     Memory memory;
     if (!samples) {
@@ -177,7 +185,7 @@ struct Gram {
       const T* vi = v + i * ldg;
       T projection = 0;
       if (rows.normalize) {
-        double sum = dot(vi, g + i * ldg, k);
+        double sum = dot(vi, g + i * ldg, round_up(k, kLanes<T>));
         if (along_mean) sum += dot(vi, along_mean, k);
         projection = T(sum);
       }
@@ -225,10 +233,10 @@ void scaled(const T* g, T factor, int64_t ldg, T* a) {
 
 // Returns false where I + cG is not positive definite in T, or z is not finite.
 template <class S, class T, class Out>
-bool coding_rate_one(const Features& f, int64_t index, double c, Out* value, Out* weight,
-                     const Executor& executor) {
+bool coding_rate_one(const Features& f, int64_t index, int64_t end, double c, Out* value,
+                     Out* weight, const Executor& executor) {
   Memory memory;
-  Gram<S, T> gram(f, index, f.samples(), false, executor, memory);
+  Gram<S, T> gram(f, index, end, f.samples(), false, executor, memory);
   const int64_t k = gram.k, ld = gram.ldg;
   if (!std::isfinite(trace_of(gram.g, k, ld))) return false;
   T* a = memory.take<T>(ld * ld);
@@ -262,11 +270,11 @@ void coding_rate_range(const Features& f, double c, T* value, T* weight, int64_t
                        const Executor& executor) {
   for (int64_t i = begin; i < end; ++i) {
     T* w = weight ? weight + i * f.k() * f.k() : nullptr;
-    if (coding_rate_one<S, T>(f, i, c, value + i, w, executor)) continue;
+    if (coding_rate_one<S, T>(f, i, end, c, value + i, w, executor)) continue;
     // Rounding of a float32 Gram matrix swamps I when c · lambda_max comes near 1e7; float64 has
     // the digits to spare.
     if constexpr (sizeof(T) == 4)
-      if (coding_rate_one<S, double>(f, i, c, value + i, w, executor)) continue;
+      if (coding_rate_one<S, double>(f, i, end, c, value + i, w, executor)) continue;
     fill_nan(value + i, 1);
     if (w) fill_nan(w, f.k() * f.k());
   }
@@ -275,15 +283,21 @@ void coding_rate_range(const Features& f, double c, T* value, T* weight, int64_t
 // V of H_2 = 2 log tr G - log ||G||²: 2/tau I - 2 G / ||G||².
 template <class T>
 double renyi2(const T* g, int64_t k, int64_t ldg, double tau, T* v) {
+  constexpr int VL = kLanes<T>;
   double square = 0;
   for (int64_t i = 0; i < k; ++i) {
     const T* row = g + i * ldg;
-    square += 2 * dot(row + i + 1, row + i + 1, k - i - 1) + double(row[i]) * row[i];
+    const int64_t first = i / VL * VL;
+    const Vec<T> x = lanes_above<T>(load(row + first), int(i - first));
+    Vec<T> sum = x * x;
+    for (int64_t j = first + VL; j < k; j += VL) sum += load(row + j) * load(row + j);
+    square += 2 * double(reduce_add<T>(sum)) + double(row[i]) * row[i];
   }
   if (v) {
-    const T factor = T(-2 / square);
+    const Vec<T> factor = splat(T(-2 / square));
     for (int64_t i = 0; i < k; ++i) {
-      for (int64_t j = 0; j < k; ++j) v[i * ldg + j] = factor * g[i * ldg + j];
+      for (int64_t j = 0; j < ldg; j += VL)
+        store(v + i * ldg + j, factor * load(g + i * ldg + j));
       v[i * ldg + i] += T(2 / tau);
     }
   }
@@ -340,29 +354,29 @@ struct EntropyTask {
   double tau, h = std::numeric_limits<double>::quiet_NaN();
   T *v = nullptr, *vt = nullptr;
 
-  EntropyTask(const Features& f, int64_t index, const Executor& executor, Memory& memory)
-      : gram(f, index, f.samples(), true, executor, memory),
+  EntropyTask(const Features& f, int64_t index, int64_t end, const Executor& executor,
+              Memory& memory)
+      : gram(f, index, end, f.samples(), true, executor, memory),
         tau(trace_of(gram.g, gram.k, gram.ldg)) {}
 
   // The tridiagonal form of rho, and the rows of Qᵀ if V is wanted.
   QlState<T> reduce(bool want_vectors, Memory& memory) {
     const int64_t k = gram.k, ld = gram.ldg;
-    double* lam = memory.take<double>(k);
-    double* off = memory.take<double>(k);
+    double* lam = memory.take<double>(4 * k + 1);
     T* factor = memory.take<T>(k);
     T* work = memory.take<T>(3 * ld);
     const T inverse = T(1 / tau);
     std::memset(v, 0, size_t(ld * ld) * sizeof(T));
     for (int64_t i = 0; i < k; ++i)
       for (int64_t j = 0; j < k; ++j) v[i * ld + j] = inverse * gram.g[i * ld + j];
-    tridiagonalize(v, k, ld, lam, off, factor, work);
+    tridiagonalize(v, k, ld, lam, lam + k, factor, work);
     if (want_vectors) {
       vt = memory.take<T>(ld * ld);
       form_q(v, k, ld, factor, vt, work);
       for (int64_t i = 0; i < k; ++i)
         for (int64_t j = 0; j < i; ++j) std::swap(vt[i * ld + j], vt[j * ld + i]);
     }
-    return QlState<T>(lam, off, k, vt, ld, memory.take<T>(k), memory.take<T>(k));
+    return QlState<T>(lam, k, vt, ld);
   }
 };
 
@@ -370,15 +384,17 @@ template <class S, class T>
 void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t begin, int64_t end,
                    const Executor& executor) {
   const int64_t k = f.k(), group = alpha == 2 ? 1 : kQlGroup;
+  std::vector<EntropyTask<S, T>> tasks;
+  std::vector<QlState<T>> states;
+  tasks.reserve(size_t(group));
+  states.reserve(size_t(group));
   for (int64_t first = begin; first < end; first += group) {
     Memory memory;
     const int64_t last = std::min(first + group, end);
-    std::vector<EntropyTask<S, T>> tasks;
-    std::vector<QlState<T>> states;
-    tasks.reserve(size_t(group));
-    states.reserve(size_t(group));
+    tasks.clear();
+    states.clear();
     for (int64_t index = first; index < last; ++index) {
-      tasks.emplace_back(f, index, executor, memory);
+      tasks.emplace_back(f, index, end, executor, memory);
       EntropyTask<S, T>& task = tasks.back();
       const int64_t ld = task.gram.ldg;
       // tau = 0: no rows, or only zero rows. tau not finite: h stays NaN.
@@ -419,8 +435,8 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
 
 // grad_z of one matrix on the samples side: grad · W' z, raw z. W' is symmetric.
 template <class S, class T>
-void weight_bwd_samples(const Features& f, int64_t index, T grad, const T* weight, S* out,
-                        const Executor& executor) {
+void weight_bwd_samples(const Features& f, int64_t index, int64_t last, T grad, const T* weight,
+                        S* out, const Executor& executor) {
   constexpr int64_t kDepth = 256;  // rows of z in a panel that stays in a first-level cache
   Memory memory;
   const Rows<S, T> rows(f, index);
@@ -432,13 +448,18 @@ void weight_bwd_samples(const Features& f, int64_t index, T grad, const T* weigh
     T* to = w + t * MR * n;
     if (width < MR) std::memset(to, 0, size_t(MR * n) * sizeof(T));
     for (int64_t k = 0; k < n; ++k) {
+      T row[MR];
       const T* from = weight + k * n + t * MR;
-      if (width == MR)
-        for (int i = 0; i < MR; ++i) to[k * MR + i] = grad * from[i];
-      else
+      if (width == MR) {
+        std::memcpy(row, from, sizeof row);
+        for (int i = 0; i < MR; ++i) row[i] *= grad;
+        std::memcpy(to + k * MR, row, sizeof row);
+      } else {
         for (int i = 0; i < width; ++i) to[k * MR + i] = grad * from[i];
+      }
     }
   }
+  Prefetch ahead(f, sizeof(S), index, last, tiles * ceil_div(d, NR<T>) * ceil_div(n, kDepth));
   const bool whole = std::is_same_v<S, T> && n <= kDepth && d % kLanes<T> == 0 &&
                      reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
   executor.run(ceil_div(d, NR<T>), 1, [&](int64_t begin, int64_t end) {
@@ -455,6 +476,7 @@ void weight_bwd_samples(const Features& f, int64_t index, T grad, const T* weigh
         pack_features<S, T>(rows, nullptr, nullptr, false, at, at + depth, p, p + 1,
                             panel - p * NR<T> * depth, buffer);
         for (int64_t t = 0; t < tiles; ++t) {
+          if (!executor.parallel) ahead.some();
           const T* a = w + t * MR * n + at * MR;
           if constexpr (std::is_same_v<S, T>)
             if (whole && (t + 1) * MR <= n) {
@@ -580,7 +602,7 @@ void gram(const Features& f, bool samples, void* out, void* inverse_norm, void* 
     over_batch(f, parallel, k * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
       for (int64_t i = begin; i < end; ++i) {
         Memory memory;
-        const Gram<decltype(s), T> one(f, i, samples, false, executor, memory);
+        const Gram<decltype(s), T> one(f, i, end, samples, false, executor, memory);
         mirror<T, true>(one.g, k, one.ldg);
         T* to = static_cast<T*>(out) + i * k * k;
         for (int64_t r = 0; r < k; ++r)
@@ -603,7 +625,7 @@ void weight_bwd(const Features& f, const void* grad, const void* weight, void* g
         const T* w = static_cast<const T*>(weight) + i * f.k() * f.k();
         S* out = static_cast<S*>(grad_z) + i * f.n * f.d;
         if (f.samples())
-          weight_bwd_samples<S, T>(f, i, g, w, out, executor);
+          weight_bwd_samples<S, T>(f, i, end, g, w, out, executor);
         else
           weight_bwd_features<S, T>(f, i, g, w, out, executor);
       }

@@ -46,6 +46,36 @@ struct Rows {
   }
 };
 
+// Asks for the next matrix of the batch while this one is worked on, a few cache lines at a time: a
+// matrix is read in short pieces of many rows, which the hardware does not foresee.
+class Prefetch {
+ public:
+  // Nothing to ask for.
+  Prefetch() = default;
+
+  // The matrix after `index`, if it is below `end`, lies in one piece and leaves room in a
+  // second-level cache; some(...) will be called `calls` times.
+  Prefetch(const Features& f, int64_t item, int64_t index, int64_t end, int64_t calls) {
+    const int64_t bytes = f.n * f.d * item;
+    if (index + 1 >= end || f.batch_dims != 1 || f.column_stride != 1 || f.row_stride != f.d ||
+        bytes > kMaxBytes)
+      return;
+    at_ = static_cast<const char*>(f.z) + (index + 1) * f.z_strides[0] * item;
+    end_ = at_ + bytes;
+    step_ = round_up(ceil_div(bytes, std::max<int64_t>(calls, 1)), 64);
+  }
+
+  void some() {
+    const char* stop = std::min(end_, at_ + step_);
+    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kMaxBytes = 768 << 10;
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t step_ = 0;
+};
+
 template <class T>
 inline double dot(const T* x, const T* y, int64_t n) {
   constexpr int VL = kLanes<T>;
@@ -139,8 +169,8 @@ T power_of_two_scale(const Rows<S, T>& rows) {
 
 // Panel [j0, j0 + NR) of Zᵀ-as-right-operand on the samples side: rows j0.. of z become columns,
 // depth runs over features [c0, c1). dst: (c1 - c0) x NR. buffer: kLanes x (c1 - c0) rounded up.
-// With `squares` rows stay raw (dropped ones still become zero), and kLanes partial sums of their
-// squares are set at c0 = 0 and added to after.
+// With `squares` (n, to whole vectors) rows stay raw, dropped ones still become zero, and the sums of
+// their squares are set at c0 = 0 and added to after.
 template <class S, class T>
 void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squares, int64_t j0,
                   int64_t c0, int64_t c1, T* dst, T* buffer) {
@@ -148,10 +178,7 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squa
   const int64_t depth = c1 - c0, stride = round_up(depth, VL);
   for (int g = 0; g < NV; ++g) {
     const int64_t first = j0 + g * VL;
-    if (first >= rows.n) {
-      // Vectors past the last row are not read by any tile.
-      continue;
-    }
+    if (first >= rows.n) break;  // no tile reads vectors past the last row
     const T* source[VL];
     bool used[VL];
     for (int i = 0; i < VL; ++i) {
@@ -160,8 +187,6 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squa
       source[i] = rows.fetch(row, c0, c1, buffer + i * stride);
     }
     Vec<T> sums[VL] = {};
-    if (squares && c0 > 0)
-      for (int i = 0; i < VL; ++i) sums[i] = load(squares + (first + i) * VL);
     for (int64_t k = 0; k < depth; k += VL) {
       Vec<T> x[VL];
       const int64_t valid = std::min<int64_t>(VL, depth - k);
@@ -187,8 +212,13 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squa
       transpose_block<T>(x);
       for (int64_t q = 0; q < valid; ++q) store(dst + (k + q) * NR<T> + g * VL, x[q]);
     }
-    if (squares)
-      for (int i = 0; i < VL; ++i) store(squares + (first + i) * VL, sums[i]);
+    if (squares) {
+      transpose_block<T>(sums);
+      Vec<T> sum = c0 > 0 ? load(squares + first) : Vec<T>{};
+      for (int width = VL / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+      store(squares + first, sum + sums[0]);
+    }
   }
 }
 
