@@ -79,6 +79,7 @@ def extension(name, sources, **arguments):
     from torch.utils.cpp_extension import CppExtension
 
     flags = ["-O3", "-std=c++17", "-Wno-psabi", "-fvisibility=hidden", TARGET, PYTHON]
+    flags += ["-fno-math-errno", "-fno-trapping-math"]  # let square roots and selects be vectors
     flags += ["-Wno-unused-command-line-argument"] * (sys.platform == "darwin")
     arguments |= {"include_dirs": [os.path.abspath("csrc")], "py_limited_api": True}
     return CppExtension(name, sources, extra_compile_args={"cxx": flags}, **arguments)

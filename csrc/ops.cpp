@@ -53,6 +53,8 @@ void parallel_for(int64_t count, int64_t grain, mmae::Body body, void* context) 
                               [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
+mmae::Threads threads() { return {parallel_for, int64_t(torch::stable::get_num_threads())}; }
+
 mmae::DType dtype_of(const Tensor& z) {
   switch (z.scalar_type()) {
     case ScalarType::Float: return mmae::DType::kFloat32;
@@ -146,7 +148,7 @@ std::tuple<Tensor, Tensor> coding_rate(const Tensor& z, const std::optional<Tens
   const Features f = describe(z, mask, normalize, center);
   Outputs out = allocate(z, f, need_weight);
   kernels().coding_rate(f, scale, out.value.mutable_data_ptr(),
-                        need_weight ? out.weight.mutable_data_ptr() : nullptr, parallel_for);
+                        need_weight ? out.weight.mutable_data_ptr() : nullptr, threads());
   return {out.value, out.weight};
 }
 
@@ -155,7 +157,7 @@ std::tuple<Tensor, Tensor> entropy(const Tensor& z, const std::optional<Tensor>&
   const Features f = describe(z, mask, normalize, center);
   Outputs out = allocate(z, f, need_weight);
   kernels().entropy(f, alpha, out.value.mutable_data_ptr(),
-                    need_weight ? out.weight.mutable_data_ptr() : nullptr, parallel_for);
+                    need_weight ? out.weight.mutable_data_ptr() : nullptr, threads());
   return {out.value, out.weight};
 }
 
@@ -170,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Ten
   Tensor g = empty_large(z, square, type), inverse_norm = empty(z, rows, type),
          mean = empty(z, columns, type);
   kernels().gram(f, samples, g.mutable_data_ptr(), inverse_norm.mutable_data_ptr(),
-                 mean.mutable_data_ptr(), parallel_for);
+                 mean.mutable_data_ptr(), threads());
   return {g, inverse_norm, mean};
 }
 
@@ -188,7 +190,7 @@ Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tenso
   shape.push_back(f.d);
   Tensor grad_z = empty_large(z, shape, z.scalar_type());
   kernels().weight_bwd(f, grad.const_data_ptr(), weight.const_data_ptr(), grad_z.mutable_data_ptr(),
-                       parallel_for);
+                       threads());
   return grad_z;
 }
 

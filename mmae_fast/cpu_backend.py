@@ -1,14 +1,14 @@
-"""The compiled CPU backend: csrc/ for everything that fits a core's cache, LAPACK above.
+"""The compiled CPU backend: csrc/cpu for everything but the eigenvectors of large matrices.
 
 | quantity                 | compiled kernel          | LAPACK on the compiled Gram matrix |
 |--------------------------|--------------------------|------------------------------------|
 | Gram, alpha = 2          | every k = min(n, d)      | -                                  |
-| coding rate              | k <= COMPILED_FACTOR_MAX | potrf, potri (threaded)            |
+| coding rate              | every k                  | -                                  |
 | von Neumann, other alpha | k <= COMPILED_EIGEN_MAX  | syevd                              |
 | gradient of z            | every k                  | -                                  |
 
-The limits are where the two columns cross on two cores; a compiled factorisation works on one
-matrix per thread.
+The limit is where the two columns cross on two cores: the compiled eigensolver works on one matrix
+per thread.
 """
 
 import torch
@@ -16,7 +16,6 @@ import torch
 from . import _C, torch_backend  # noqa: F401 - importing _C registers the operators
 from .torch_backend import GramParts
 
-COMPILED_FACTOR_MAX = 384
 COMPILED_EIGEN_MAX = torch.ops.mmae_fast.cpu_max_eigen()
 
 _ops = torch.ops.mmae_fast
@@ -27,9 +26,7 @@ def gram(z, mask, samples, normalize, center) -> GramParts:
 
 
 def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
-    if min(z.shape[-2:]) <= COMPILED_FACTOR_MAX:
-        return _ops.cpu_coding_rate(z, mask, scale, normalize, center, need_weight)
-    return torch_backend.coding_rate_fwd(z, mask, scale, normalize, center, need_weight, gram)
+    return _ops.cpu_coding_rate(z, mask, scale, normalize, center, need_weight)
 
 
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):

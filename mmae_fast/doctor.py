@@ -79,14 +79,12 @@ def main() -> None:
         served = Table(
             "operation on CPU tensors", "served by", title_justify="left", title="Operations"
         )
-        served.add_row("fast_gram; entropy of order 2; every gradient", "compiled kernels")
-        for name, limit, library in (
-            ("fast_coding_rate", cpu_backend.COMPILED_FACTOR_MAX, "LAPACK potrf, potri"),
-            ("entropy of any other order", cpu_backend.COMPILED_EIGEN_MAX, "LAPACK syevd"),
-        ):
-            served.add_row(
-                name, f"compiled kernels up to min(n, d) = {limit}, then Gram kernel + {library}"
-            )
+        served.add_row("fast_gram, fast_coding_rate, order 2; every gradient", "compiled kernels")
+        served.add_row(
+            "entropy of any other order",
+            f"compiled kernels up to min(n, d) = {cpu_backend.COMPILED_EIGEN_MAX}, then Gram kernel"
+            " + LAPACK syevd",
+        )
         console.print(served)
         forced = " (forced by MMAE_FAST_ISA)" if os.environ.get("MMAE_FAST_ISA") else ""
         console.print(

@@ -186,7 +186,7 @@ def fold(v: Tensor, parts: GramParts, z: Tensor, mask, samples: bool, normalize,
 
 
 @full_precision
-def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, gram=gram):
+def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
     dtype = reference.accumulation_dtype(z.dtype)
     samples = z.shape[-2] <= z.shape[-1]
     parts = gram(z, mask, samples, normalize, center)

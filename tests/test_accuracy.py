@@ -103,7 +103,7 @@ def test_empty(shape, dtype):
                 assert grad.shape == shape and torch.equal(grad, z)
 
 
-# Tokens of a ViT; above the compiled eigensolver (k > 256) and factorisation (k > 384).
+# Tokens of a ViT; above the compiled eigensolver (k > 256); several blocks of a factorisation.
 LARGE = [
     ((2, 197, 64), QUANTITIES),
     ((2, 50, 768), QUANTITIES),

@@ -29,20 +29,24 @@ struct Features {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
 
+struct Threads {
+  ParallelFor parallel;
+  int64_t count;  // how many threads `parallel` uses
+};
+
 // Outputs: float32, or float64 where z is float64, contiguous. "weight" (batch, k, k) is the matrix
 // W' with grad_z = grad · W' z (samples side) or the projected z W' (features side); null: no
 // gradient is wanted.
 struct Kernels {
   const char* name;
   int64_t max_eigen;  // largest k that `entropy` accepts unless alpha is 2
-  void (*coding_rate)(const Features&, double scale, void* value, void* weight, ParallelFor);
-  void (*entropy)(const Features&, double alpha, void* value, void* weight, ParallelFor);
+  void (*coding_rate)(const Features&, double scale, void* value, void* weight, Threads);
+  void (*entropy)(const Features&, double alpha, void* value, void* weight, Threads);
   // The full symmetric Gram matrix of the given side, with 1 / row norm (batch, n) and the mean
   // row (batch, d) that were applied (mean: zeros unless centred).
-  void (*gram)(const Features&, bool samples, void* gram, void* inverse_norm, void* mean,
-               ParallelFor);
+  void (*gram)(const Features&, bool samples, void* gram, void* inverse_norm, void* mean, Threads);
   void (*weight_bwd)(const Features&, const void* grad, const void* weight, void* grad_z,
-                     ParallelFor);
+                     Threads);
 };
 
 const Kernels& kernels_baseline();

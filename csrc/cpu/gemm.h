@@ -1,4 +1,4 @@
-// Matrix products on packed panels. Included inside an instruction-set namespace after simd.h.
+// Matrix products on packed panels. Included inside an instruction-set namespace after simd.h and threads.h.
 //
 // One register tile of MR x NR outputs serves every product of the project: the Gram matrix, the
 // rank-MR updates of the factorisation, and the backward product. The right operand B is stored as
@@ -13,9 +13,6 @@ constexpr int MR = 4, NV = 2;
 
 template <class T>
 constexpr int NR = NV * kLanes<T>;
-
-inline int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
-inline int64_t ceil_div(int64_t x, int64_t m) { return (x + m - 1) / m; }
 
 enum class Write { kSet, kAdd, kSubtract, kStream };  // kStream: kSet past the caches
 
@@ -99,23 +96,24 @@ inline void transpose(const T* src, int64_t lds, int64_t rows, int64_t columns, 
 // Completes the k x k matrix g from its upper triangle, or from its lower one; rows and columns up
 // to a multiple of the vector length exist.
 template <class T, bool kFromUpper>
-inline void mirror(T* g, int64_t k, int64_t ldg) {
+inline void mirror(T* g, int64_t k, int64_t ldg, const Executor& executor) {
   constexpr int VL = kLanes<T>;
-  for (int64_t i0 = 0; i0 < k; i0 += VL) {
-    T* diagonal = g + i0 * ldg + i0;
-    for (int i = 0; i < VL; ++i)
-      for (int j = 0; j < i; ++j) {
+  executor.run(ceil_div(k, VL), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i0 = begin * VL; i0 < end * VL; i0 += VL) {
+      T* diagonal = g + i0 * ldg + i0;
+      Vec<T> x[VL], y[VL];
+      for (int i = 0; i < VL; ++i) x[i] = y[i] = load(diagonal + i * ldg);
+      transpose_block<T>(y);
+      for (int i = 0; i < VL; ++i)
+        store(diagonal + i * ldg, kFromUpper ? lanes_above<T>(x[i], y[i], i - 1)
+                                             : lanes_above<T>(y[i], x[i], i));
+      for (int64_t j0 = i0 + VL; j0 < k; j0 += VL) {
+        T *upper = g + i0 * ldg + j0, *lower = g + j0 * ldg + i0;
         if constexpr (kFromUpper)
-          diagonal[i * ldg + j] = diagonal[j * ldg + i];
+          transpose(upper, ldg, VL, VL, lower, ldg);
         else
-          diagonal[j * ldg + i] = diagonal[i * ldg + j];
+          transpose(lower, ldg, VL, VL, upper, ldg);
       }
-    for (int64_t j0 = i0 + VL; j0 < k; j0 += VL) {
-      T *upper = g + i0 * ldg + j0, *lower = g + j0 * ldg + i0;
-      if constexpr (kFromUpper)
-        transpose(upper, ldg, VL, VL, lower, ldg);
-      else
-        transpose(lower, ldg, VL, VL, upper, ldg);
     }
-  }
+  });
 }

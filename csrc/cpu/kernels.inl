@@ -22,8 +22,8 @@ namespace mmae {
 namespace MMAE_ISA {
 
 #include "simd.h"
-#include "gemm.h"
 #include "threads.h"
+#include "gemm.h"
 #include "factor.h"
 #include "eigen.h"
 #include "rows.h"
@@ -159,40 +159,43 @@ struct Gram {
         if (scale[i] > 0) g[i * ldg + i] = 1;
   }
 
-  // v: V on entry (full, leading dimension ldg), W' on return to weight (k x k, contiguous).
-  // g must hold the full Gram matrix if rows are normalised on the samples side; columns of v and g
-  // past k, to whole vectors, are zero in one of them and finite in the other.
-  void fold(T* v, T* weight) const {
+  // V = factor · v on entry (full, leading dimension ldg; changed), W' on return to weight (k x k,
+  // contiguous). g must hold the full Gram matrix if rows are normalised on the samples side; columns
+  // of v and g past k, to whole vectors, are zero in one of them and finite in the other.
+  template <class Out>
+  void fold(T* v, T factor, Out* weight, const Executor& executor) const {
     Memory memory;
-    if (!samples) {
-      const T factor = 2 * common_scale * common_scale;
-      for (int64_t i = 0; i < k; ++i)
-        for (int64_t j = 0; j < k; ++j) weight[i * k + j] = factor * v[i * ldg + j];
-      return;
-    }
+    const bool project = samples && rows.normalize;
     T* along_mean = nullptr;  // ẑ_i (centred) · mean: the part of ẑ_i that G does not see
-    if (rows.center) {
+    if (samples && rows.center) {
       center_both_sides(v);
-      along_mean = memory.take<T>(k);
+      along_mean = memory.take<T>(ldg);
       T* buffer = memory.take<T>(rows.d);
       const double mean2 = dot(mean, mean, rows.d);
+      std::memset(along_mean, 0, size_t(ldg) * sizeof(T));
       for (int64_t i = 0; i < k; ++i)
-        along_mean[i] =
-            rows.kept(i) ? T(scale[i] * dot(rows.fetch(i, 0, rows.d, buffer), mean, rows.d) - mean2)
-                         : T(0);
+        if (rows.kept(i))
+          along_mean[i] =
+              T(scale[i] * dot(rows.fetch(i, 0, rows.d, buffer), mean, rows.d) - mean2);
     }
-    for (int64_t i = 0; i < k; ++i) {
-      const T* vi = v + i * ldg;
-      T projection = 0;
-      if (rows.normalize) {
-        double sum = dot(vi, g + i * ldg, round_up(k, kLanes<T>));
-        if (along_mean) sum += dot(vi, along_mean, k);
-        projection = T(sum);
+    executor.run(k, 32, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T* vi = v + i * ldg;
+        T projection = 0;
+        if (project) {
+          double sum = dot(vi, g + i * ldg, round_up(k, kLanes<T>));
+          if (along_mean) sum += dot(vi, along_mean, round_up(k, kLanes<T>));
+          projection = T(sum);
+        }
+        Out* w = weight + i * k;
+        const T left = 2 * factor * (samples ? scale[i] : common_scale * common_scale);
+        if (samples)
+          for (int64_t j = 0; j < k; ++j) w[j] = Out(left * (scale[j] * vi[j]));
+        else
+          for (int64_t j = 0; j < k; ++j) w[j] = Out(left * vi[j]);
+        if (project) w[i] = Out(left * (scale[i] * (vi[i] - projection)));
       }
-      const T left = 2 * scale[i];
-      for (int64_t j = 0; j < k; ++j) weight[i * k + j] = left * scale[j] * vi[j];
-      weight[i * k + i] = left * scale[i] * (vi[i] - projection);
-    }
+    });
   }
 
  private:
@@ -222,13 +225,16 @@ void fill_nan(T* p, int64_t n) {
   std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
 }
 
-// a = factor · g: the upper triangle, and all that is padding.
+// a = factor · g: the upper triangle; zero in all rows past k.
 template <class T>
-void scaled(const T* g, T factor, int64_t ldg, T* a) {
+void scaled(const T* g, T factor, int64_t k, int64_t ldg, T* a, const Executor& executor) {
   constexpr int VL = kLanes<T>;
-  for (int64_t i = 0; i < ldg; ++i)
-    for (int64_t j = i / VL * VL; j < ldg; j += VL)
-      store(a + i * ldg + j, load(g + i * ldg + j) * splat(factor));
+  executor.run(k, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = i / VL * VL; j < ldg; j += VL)
+        store(a + i * ldg + j, load(g + i * ldg + j) * splat(factor));
+  });
+  std::memset(a + k * ldg, 0, size_t((ldg - k) * ldg) * sizeof(T));
 }
 
 // Returns false where I + cG is not positive definite in T, or z is not finite.
@@ -240,7 +246,7 @@ bool coding_rate_one(const Features& f, int64_t index, int64_t end, double c, Ou
   const int64_t k = gram.k, ld = gram.ldg;
   if (!std::isfinite(trace_of(gram.g, k, ld))) return false;
   T* a = memory.take<T>(ld * ld);
-  scaled(gram.g, T(c), ld, a);
+  scaled(gram.g, T(c), k, ld, a, executor);
   T largest = 0;
   for (int64_t i = 0; i < k; ++i) largest = std::max(largest, a[i * ld + i]);
   const bool offset = largest <= 1;
@@ -248,20 +254,13 @@ bool coding_rate_one(const Features& f, int64_t index, int64_t end, double c, Ou
   if (!std::isfinite(log_det)) return false;
   *value = Out(log_det);
   if (!weight) return true;
-  mirror<T, true>(gram.g, k, ld);
-  mirror<T, false>(a, k, ld);
-  for (int64_t i = 0; i < k * ld; ++i) a[i] *= T(-c);
-  // The cI of V = c (I + cG)⁻¹ only changes the norm of normalised, uncentred rows: there it stays
-  // out, before it can drown the rest.
+  if (f.normalize && f.samples()) mirror<T, true>(gram.g, k, ld, executor);
+  mirror<T, false>(a, k, ld, executor);
+  // V = c (I + cG)⁻¹ = -c a. With `offset` its cI is missing, which only changes the norm of
+  // normalised, uncentred rows: there it stays out, before it can drown the rest.
   if (offset && (!f.normalize || f.center))
-    for (int64_t i = 0; i < k; ++i) a[i * ld + i] += T(c);
-  if constexpr (std::is_same_v<T, Out>) {
-    gram.fold(a, weight);
-  } else {
-    T* wide = memory.take<T>(k * k);
-    gram.fold(a, wide);
-    for (int64_t i = 0; i < k * k; ++i) weight[i] = Out(wide[i]);
-  }
+    for (int64_t i = 0; i < k; ++i) a[i * ld + i] -= 1;
+  gram.fold(a, T(-c), weight, executor);
   return true;
 }
 
@@ -288,7 +287,7 @@ double renyi2(const T* g, int64_t k, int64_t ldg, double tau, T* v) {
   for (int64_t i = 0; i < k; ++i) {
     const T* row = g + i * ldg;
     const int64_t first = i / VL * VL;
-    const Vec<T> x = lanes_above<T>(load(row + first), int(i - first));
+    const Vec<T> x = lanes_above<T>(load(row + first), Vec<T>{}, int(i - first));
     Vec<T> sum = x * x;
     for (int64_t j = first + VL; j < k; j += VL) sum += load(row + j) * load(row + j);
     square += 2 * double(reduce_add<T>(sum)) + double(row[i]) * row[i];
@@ -344,7 +343,7 @@ void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T
     for (int64_t j = i / kLanes<T> * kLanes<T>; j < ld; j += NR<T>)
       tile_of_width<T, true, Write::kSet>(int(std::min<int64_t>(NV, (ld - j) / kLanes<T>)), k,
                                           left + i, ld, vt + j, ld, v + i * ld + j, ld);
-  mirror<T, true>(v, k, ld);
+  mirror<T, true>(v, k, ld, Executor{nullptr});
 }
 
 // One matrix of entropy_range between its Gram matrix and its value.
@@ -400,7 +399,7 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
       // tau = 0: no rows, or only zero rows. tau not finite: h stays NaN.
       if (task.tau == 0 || !std::isfinite(task.tau)) continue;
       if (weight || alpha != 2) {
-        mirror<T, true>(task.gram.g, k, ld);
+        mirror<T, true>(task.gram.g, k, ld, executor);
         task.v = memory.take<T>(ld * ld);
       }
       if (alpha == 2)
@@ -427,7 +426,7 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
         }
       }
       value[index] = T(task.h);
-      if (w && std::isfinite(task.h)) task.gram.fold(task.v, w);
+      if (w && std::isfinite(task.h)) task.gram.fold(task.v, T(1), w, executor);
       if (w && !std::isfinite(task.h)) fill_nan(w, k * k);
     }
   }
@@ -510,11 +509,16 @@ void weight_bwd_features(const Features& f, int64_t index, T grad, const T* weig
   T* mean = memory.take<T>(ld);
   prepare(rows, T(1), scale, mean, executor);
   T* packed = memory.take<T>(ld * d);
-  for (int64_t p = 0; p < panels; ++p)
-    for (int64_t r = 0; r < d; ++r)
-      for (int64_t j = 0; j < NR<T>; ++j)
-        packed[p * NR<T> * d + r * NR<T> + j] =
-            p * NR<T> + j < d ? grad * weight[r * d + p * NR<T> + j] : T(0);
+  executor.run(panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t r = 0; r < d; ++r) {
+        T* to = packed + p * NR<T> * d + r * NR<T>;
+        const int64_t width = std::min<int64_t>(NR<T>, d - p * NR<T>);
+        const T* from = weight + r * d + p * NR<T>;
+        for (int64_t j = 0; j < width; ++j) to[j] = grad * from[j];
+        for (int64_t j = width; j < NR<T>; ++j) to[j] = 0;
+      }
+  });
   executor.run(ceil_div(n, kRowBlock), 1, [&](int64_t begin, int64_t end) {
     Memory inner;
     T* x = inner.take<T>(kRowBlock * ld);
@@ -530,9 +534,16 @@ void weight_bwd_features(const Features& f, int64_t index, T grad, const T* weig
         for (int64_t j = 0; j < d; ++j) xr[j] = s * source[j] - mean[j];
       }
       for (int64_t p = 0; p < panels; ++p)
-        for (int64_t r = 0; r < round_up(count, MR); r += MR)
-          tile<T, NV, false, Write::kSet>(d, x + r * ld, ld, packed + p * NR<T> * d, NR<T>,
-                                          y + r * ld + p * NR<T>, ld);
+        for (int64_t at = 0; at < d; at += kTileDepth)
+          for (int64_t r = 0; r < round_up(count, MR); r += MR) {
+            const T* w = packed + p * NR<T> * d + at * NR<T>;
+            T *from = x + r * ld + at, *to = y + r * ld + p * NR<T>;
+            const int64_t depth = std::min(kTileDepth, d - at);
+            if (at == 0)
+              tile<T, NV, false, Write::kSet>(depth, from, ld, w, NR<T>, to, ld);
+            else
+              tile<T, NV, false, Write::kAdd>(depth, from, ld, w, NR<T>, to, ld);
+          }
       for (int64_t r = 0; r < count; ++r) {
         S* o = out + (r0 + r) * d;
         if (!rows.kept(r0 + r)) {
@@ -553,14 +564,15 @@ void weight_bwd_features(const Features& f, int64_t index, T grad, const T* weig
   });
 }
 
-// Shares matrices among threads, or, when there are too few of them, the loops inside each.
+// Shares matrices among threads or, when there are fewer of them, the loops inside each.
 template <class F>
-void over_batch(const Features& f, ParallelFor parallel, int64_t work, const F& body) {
-  const bool large = f.batch == 1 && work > 200000;
-  if (large) return body(0, 1, Executor{parallel});
+void over_batch(const Features& f, Threads threads, const F& body) {
+  const int64_t work = f.k() * f.n * f.d;
+  if (f.batch < threads.count && work > 200000) return body(0, f.batch, Executor{threads.parallel});
   const int64_t grain = std::max<int64_t>(1, 20000 / std::max<int64_t>(work, 1));
-  Executor{parallel}.run(f.batch, grain,
-                         [&](int64_t begin, int64_t end) { body(begin, end, Executor{nullptr}); });
+  Executor{threads.parallel}.run(f.batch, grain, [&](int64_t begin, int64_t end) {
+    body(begin, end, Executor{nullptr});
+  });
 }
 
 // Calls body with the storage type (as a value) and the compute type.
@@ -574,20 +586,20 @@ void dispatch(DType dtype, const F& body) {
   }
 }
 
-void coding_rate(const Features& f, double scale, void* value, void* weight, ParallelFor parallel) {
+void coding_rate(const Features& f, double scale, void* value, void* weight, Threads threads) {
   dispatch(f.dtype, [&](auto s, auto t) {
     using T = decltype(t);
-    over_batch(f, parallel, f.k() * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
+    over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
       coding_rate_range<decltype(s), T>(f, scale, static_cast<T*>(value), static_cast<T*>(weight),
                                         begin, end, executor);
     });
   });
 }
 
-void entropy(const Features& f, double alpha, void* value, void* weight, ParallelFor parallel) {
+void entropy(const Features& f, double alpha, void* value, void* weight, Threads threads) {
   dispatch(f.dtype, [&](auto s, auto t) {
     using T = decltype(t);
-    over_batch(f, parallel, f.k() * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
+    over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
       entropy_range<decltype(s), T>(f, alpha, static_cast<T*>(value), static_cast<T*>(weight),
                                     begin, end, executor);
     });
@@ -595,15 +607,15 @@ void entropy(const Features& f, double alpha, void* value, void* weight, Paralle
 }
 
 void gram(const Features& f, bool samples, void* out, void* inverse_norm, void* mean,
-          ParallelFor parallel) {
+          Threads threads) {
   dispatch(f.dtype, [&](auto s, auto t) {
     using T = decltype(t);
     const int64_t k = samples ? f.n : f.d;
-    over_batch(f, parallel, k * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
+    over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
       for (int64_t i = begin; i < end; ++i) {
         Memory memory;
         const Gram<decltype(s), T> one(f, i, end, samples, false, executor, memory);
-        mirror<T, true>(one.g, k, one.ldg);
+        mirror<T, true>(one.g, k, one.ldg, executor);
         T* to = static_cast<T*>(out) + i * k * k;
         for (int64_t r = 0; r < k; ++r)
           std::memcpy(to + r * k, one.g + r * one.ldg, size_t(k) * sizeof(T));
@@ -615,11 +627,11 @@ void gram(const Features& f, bool samples, void* out, void* inverse_norm, void* 
 }
 
 void weight_bwd(const Features& f, const void* grad, const void* weight, void* grad_z,
-                ParallelFor parallel) {
+                Threads threads) {
   dispatch(f.dtype, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
-    over_batch(f, parallel, f.k() * f.n * f.d, [&](int64_t begin, int64_t end, Executor executor) {
+    over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
       for (int64_t i = begin; i < end; ++i) {
         const T g = static_cast<const T*>(grad)[i];
         const T* w = static_cast<const T*>(weight) + i * f.k() * f.k();

@@ -46,13 +46,13 @@ inline T reduce_add(V v) {
   }
 }
 
-// Lanes above `lane` as they are, the others zero.
+// Lanes above number `lane` of v, the others of w.
 template <class T>
-inline Vec<T> lanes_above(Vec<T> v, int lane) {
+inline Vec<T> lanes_above(Vec<T> v, Vec<T> w, int lane) {
   using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   Vec<Index> number;
   for (int i = 0; i < kLanes<T>; ++i) number[i] = i;
-  return number > splat(Index(lane)) ? v : Vec<T>{};
+  return number > (Index(lane) - Vec<Index>{}) ? v : w;
 }
 
 // A store past the caches, for results that are larger than these; p is aligned to a vector.

@@ -1,5 +1,8 @@
 // Work memory of a thread, and loops shared among threads. Included inside an instruction-set
-// namespace after gemm.h.
+// namespace.
+
+inline int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
+inline int64_t ceil_div(int64_t x, int64_t m) { return (x + m - 1) / m; }
 
 // A thread's arena: blocks that only grow while anyone uses them.
 struct Arena {
