@@ -156,6 +156,7 @@ std::tuple<Tensor, Tensor> entropy(const Tensor& z, const std::optional<Tensor>&
                                    bool normalize, bool center, bool need_weight) {
   const Features f = describe(z, mask, normalize, center);
   Outputs out = allocate(z, f, need_weight);
+  STD_TORCH_CHECK(kernels().serves_entropy(alpha, f.k()), "mmae_fast: no eigensolver for k = ", f.k());
   kernels().entropy(f, alpha, out.value.mutable_data_ptr(),
                     need_weight ? out.weight.mutable_data_ptr() : nullptr, threads());
   return {out.value, out.weight};
@@ -176,25 +177,49 @@ std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Ten
   return {g, inverse_norm, mean};
 }
 
-Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tensor>& mask,
-                  const Tensor& weight, bool normalize, bool center) {
-  const Features f = describe(z, mask, normalize, center);
-  STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == f.batch * f.k() * f.k() &&
-                      weight.scalar_type() == accumulation_type(z),
-                  "mmae_fast: weight must be contiguous, (..., k, k)");
+void check_contiguous(const Tensor& x, const Tensor& z, int64_t numel, const char* name) {
   STD_TORCH_CHECK(
-      grad.is_contiguous() && grad.numel() == f.batch && grad.scalar_type() == accumulation_type(z),
-      "mmae_fast: grad must be contiguous, one value per matrix");
+      x.is_contiguous() && x.numel() == numel && x.scalar_type() == accumulation_type(z),
+      "mmae_fast: ", name, " must be contiguous, of z's accumulation dtype, with ", numel,
+      " entries");
+}
+
+Tensor grad_like(const Tensor& z, const Features& f) {
   std::vector<int64_t> shape = batch_shape(z);
   shape.push_back(f.n);
   shape.push_back(f.d);
-  Tensor grad_z = empty_large(z, shape, z.scalar_type());
+  return empty_large(z, shape, z.scalar_type());
+}
+
+Tensor gram_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tensor>& mask,
+                const Tensor& gram, const Tensor& inverse_norm, const Tensor& mean, bool samples,
+                bool normalize, bool center) {
+  const Features f = describe(z, mask, normalize, center);
+  const int64_t k = samples ? f.n : f.d;
+  check_contiguous(grad, z, f.batch * k * k, "grad");
+  check_contiguous(gram, z, f.batch * k * k, "gram");
+  check_contiguous(inverse_norm, z, f.batch * f.n, "inverse_norm");
+  check_contiguous(mean, z, f.batch * f.d, "mean");
+  Tensor grad_z = grad_like(z, f);
+  kernels().gram_bwd(f, samples, grad.const_data_ptr(), gram.const_data_ptr(),
+                     inverse_norm.const_data_ptr(), mean.const_data_ptr(),
+                     grad_z.mutable_data_ptr(), threads());
+  return grad_z;
+}
+
+Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tensor>& mask,
+                  const Tensor& weight, bool normalize, bool center) {
+  const Features f = describe(z, mask, normalize, center);
+  check_contiguous(weight, z, f.batch * f.k() * f.k(), "weight");
+  check_contiguous(grad, z, f.batch, "grad");
+  Tensor grad_z = grad_like(z, f);
   kernels().weight_bwd(f, grad.const_data_ptr(), weight.const_data_ptr(), grad_z.mutable_data_ptr(),
                        threads());
   return grad_z;
 }
 
 std::string isa() { return kernels().name; }
+bool serves_entropy(double alpha, int64_t k) { return kernels().serves_entropy(alpha, k); }
 int64_t max_eigen() { return kernels().max_eigen; }
 
 }  // namespace
@@ -211,22 +236,28 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
       "gram, "
       "Tensor inverse_norm, Tensor mean)");
   m.def(
+      "cpu_gram_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor gram, Tensor inverse_norm, "
+      "Tensor mean, bool samples, bool normalize, bool center) -> Tensor");
+  m.def(
       "cpu_weight_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor weight, bool normalize, "
       "bool center) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("cpu_max_eigen() -> int");
+  m.def("cpu_serves_entropy(float alpha, int k) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CPU, m) {
   m.impl("cpu_coding_rate", TORCH_BOX(&coding_rate));
   m.impl("cpu_entropy", TORCH_BOX(&entropy));
   m.impl("cpu_gram", TORCH_BOX(&gram));
+  m.impl("cpu_gram_bwd", TORCH_BOX(&gram_bwd));
   m.impl("cpu_weight_bwd", TORCH_BOX(&weight_bwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&isa));
   m.impl("cpu_max_eigen", TORCH_BOX(&max_eigen));
+  m.impl("cpu_serves_entropy", TORCH_BOX(&serves_entropy));
 }
 
 // An importable (empty) module: wheels, `pip` and `import mmae_fast._C` then treat it as any other

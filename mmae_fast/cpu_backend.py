@@ -30,7 +30,7 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
 
 
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
-    if alpha == 2 or min(z.shape[-2:]) <= COMPILED_EIGEN_MAX:
+    if _ops.cpu_serves_entropy(alpha, min(z.shape[-2:])):
         return _ops.cpu_entropy(z, mask, alpha, normalize, center, need_weight)
     return torch_backend.matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram)
 
@@ -40,10 +40,5 @@ def weight_bwd(grad, z, mask, weight, normalize, center):
     return _ops.cpu_weight_bwd(grad, z, mask, weight, normalize, center)
 
 
-@torch_backend.full_precision
 def gram_bwd(grad, z, mask, parts, samples, normalize, center):
-    if samples != (z.shape[-2] <= z.shape[-1]):  # the compiled product works on the smaller side
-        return torch_backend.gram_bwd(grad, z, mask, parts, samples, normalize, center)
-    v = (grad + grad.mT) / 2
-    weight = torch_backend.fold(v, parts, z, mask, samples, normalize, center)
-    return weight_bwd(weight.new_ones(z.shape[:-2]), z, mask, weight, normalize, center)
+    return _ops.cpu_gram_bwd(grad.contiguous(), z, mask, *parts, samples, normalize, center)

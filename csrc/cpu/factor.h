@@ -1,5 +1,5 @@
 // log det (I + X) and (I + X)⁻¹ of a symmetric positive semidefinite X, in place, by the block
-// sweep operator. Included inside an instruction-set namespace after gemm.h.
+// sweep operator. Included inside an instruction-set namespace after plan.h.
 //
 // Sweeping block b of a symmetric A with A_bb = L D Lᵀ, R = A_b,:, Y = L⁻¹ R and P = A_bb⁻¹ R:
 //     A_ij -= Y_iᵀ D⁻¹ Y_j (i, j outside b),   A_b,: = P,   A_:,b = Pᵀ,   A_bb = -A_bb⁻¹.
@@ -82,7 +82,6 @@ inline void subtract_product(int64_t depth, const T* a, int64_t lda, const T* b,
 
 // The factor L D Lᵀ of I + F for a diagonal block F of h <= kSweepMax rows: the diagonal tiles of L,
 // the inverses of D, and D⁻¹ L⁻¹ (I + F) = Lᵀ in `lt` (its tiles right of the diagonal).
-constexpr int64_t kSweepMax = 96;  // a multiple of MR and of the vector length
 
 template <class T>
 struct BlockFactor {
@@ -133,12 +132,6 @@ struct BlockFactor {
     }
   }
 };
-
-// Rows swept at once: many make the update a deep product, few keep the solves (2 block / k of it)
-// cheap. Measured on AVX-512.
-inline int64_t sweep_rows(int64_t k) {
-  return k <= 96 ? MR : k <= 256 ? 16 : k <= 512 ? 32 : k <= 1024 ? 48 : kSweepMax;
-}
 
 // a: the upper triangle of X, with zero rows and columns up to whole tiles; leading dimension lda a
 // multiple of the vector length; destroyed. With `invert` its lower triangle becomes

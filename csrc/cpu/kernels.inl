@@ -24,15 +24,10 @@ namespace MMAE_ISA {
 #include "simd.h"
 #include "threads.h"
 #include "gemm.h"
+#include "plan.h"
 #include "factor.h"
 #include "eigen.h"
 #include "rows.h"
-
-// Rows of a packed block, so that all its panels fit a second-level cache, and rows of it that one
-// pass of tiles uses, so that a panel fits a first-level cache.
-constexpr int64_t kPackDepth = 512, kTileDepth = 128;
-// Above this, LAPACK's divide and conquer (with its own threads) is the better eigensolver.
-constexpr int64_t kMaxEigen = 256;
 
 // Leading dimension and row count of a k x k work matrix: whole register tiles in both directions.
 template <class T>
@@ -119,6 +114,18 @@ struct Gram {
     Prefetch none;
     gram_upper<S, T>(rows, samples, scale, mean, nullptr, g, none, executor);
     set_unit_diagonal(f);
+  }
+
+  // Of a Gram matrix that was computed before.
+  Gram(const Features& f, int64_t index, bool samples_side, const T* gram, T* inverse_norm,
+       T* mean_row, Memory& memory)
+      : rows(f, index), samples(samples_side), k(samples_side ? f.n : f.d), ldg(padded<T>(k)),
+        scale(inverse_norm), mean(mean_row), g(memory.take<T>(ldg * ldg)) {
+    for (int64_t i = 0; i < k; ++i) {
+      std::memcpy(g + i * ldg, gram + i * k, size_t(k) * sizeof(T));
+      std::fill(g + i * ldg + k, g + (i + 1) * ldg, T(0));
+    }
+    for (int64_t i = 0; i < f.n; ++i) kept += rows.kept(i);
   }
 
   // The common case reads z once: the product of the raw rows, scaled by 1 / (‖z_i‖ ‖z_j‖) after.
@@ -220,6 +227,9 @@ struct Gram {
   }
 };
 
+#include "lanes.h"
+#include "lanes_eigen.h"
+
 template <class T>
 void fill_nan(T* p, int64_t n) {
   std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
@@ -277,6 +287,32 @@ void coding_rate_range(const Features& f, double c, T* value, T* weight, int64_t
     fill_nan(value + i, 1);
     if (w) fill_nan(w, f.k() * f.k());
   }
+}
+
+template <class S, class T>
+void coding_rate_lanes(const Features& f, double c, T* value, T* weight, int64_t first,
+                       int64_t count) {
+  constexpr int VL = kLanes<T>;
+  Memory memory;
+  LaneGroup<S, T> group(f, first, count, f.samples(), memory);
+  LaneFactor<T> factor(group.g, splat(T(c)), group.order, memory);
+  for (int m = 0; m < count; ++m) {
+    group.failed[m] |= !factor.possible[m];
+    value[first + m] = T(factor.pivots.log(m));
+  }
+  if (weight) {
+    Vec<T> largest{};
+    for (int64_t i = 0; i < group.k; ++i) {
+      const Vec<T> x = T(c) * group.g[packed_row(i) + i];
+      largest = x > largest ? x : largest;
+    }
+    // See coding_rate_one.
+    const Flags<T> offset = f.normalize ? largest <= T(1) : Flags<T>{};
+    group.store_weight(factor.invert(offset, memory), splat(T(-c)), weight);
+  }
+  for (int m = 0; m < std::min<int64_t>(count, VL); ++m)
+    if (group.failed[m])
+      coding_rate_range<S, T>(f, c, value, weight, first + m, first + m + 1, Executor{nullptr});
 }
 
 // V of H_2 = 2 log tr G - log ||G||²: 2/tau I - 2 G / ||G||².
@@ -379,10 +415,122 @@ struct EntropyTask {
   }
 };
 
+// out = p q for symmetric matrices that commute (zero past k): full, symmetric.
+template <class T>
+void symmetric_product(const T* p, const T* q, int64_t k, int64_t ld, T* out,
+                       const Executor& executor) {
+  Memory memory;
+  const int64_t rows = round_up(k, MR), panels = ceil_div(k, NR<T>);
+  T* left = memory.take<T>(rows * rows);  // tiles of MR columns, row after row
+  executor.run(rows / MR, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t r = 0; r < k; ++r)
+        std::memcpy(left + (t * rows + r) * MR, p + r * ld + t * MR, MR * sizeof(T));
+  });
+  const auto columns = [&](int64_t panel) {
+    Memory inner;
+    T* right = inner.take<T>(kTileDepth * NR<T>);
+    const int64_t j0 = panel * NR<T>;
+    const int vectors = int(std::min<int64_t>(NV, (ld - j0) / kLanes<T>));
+    for (int64_t at = 0; at < k; at += kTileDepth) {
+      const int64_t depth = std::min(kTileDepth, k - at);
+      for (int64_t r = 0; r < depth; ++r)
+        for (int v = 0; v < vectors; ++v)
+          store(right + r * NR<T> + v * kLanes<T>, load(q + (at + r) * ld + j0 + v * kLanes<T>));
+      for (int64_t i = 0; i < std::min(j0 + NR<T>, rows); i += MR) {
+        const T* a = left + i * rows + at * MR;
+        T* to = out + i * ld + j0;
+        if (at == 0)
+          tile_of_width<T, true, Write::kSet>(vectors, depth, a, MR, right, NR<T>, to, ld);
+        else
+          tile_of_width<T, true, Write::kAdd>(vectors, depth, a, MR, right, NR<T>, to, ld);
+      }
+    }
+  };
+  // Columns of the triangle lengthen: each thread takes panels from both ends.
+  executor.run(ceil_div(panels, 2), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      columns(t);
+      if (panels - 1 - t != t) columns(panels - 1 - t);
+    }
+  });
+  std::memset(out + rows * ld, 0, size_t((ld - rows) * ld) * sizeof(T));
+  mirror<T, true>(out, k, ld, executor);
+}
+
+// b to a power >= 1, by squaring; the result is b or lies in `memory`.
+template <class T>
+const T* matrix_power(const T* b, int64_t exponent, int64_t k, int64_t ld, Memory& memory,
+                      const Executor& executor) {
+  if (exponent == 1) return b;
+  T *next = memory.take<T>(ld * ld), *spare = memory.take<T>(ld * ld);
+  const T* power = b;
+  int64_t bit = 1;
+  while (2 * bit <= exponent) bit *= 2;
+  for (bit /= 2; bit > 0; bit /= 2) {
+    symmetric_product(power, power, k, ld, next, executor);
+    power = next;
+    std::swap(next, spare);
+    if (!(exponent & bit)) continue;
+    symmetric_product(power, b, k, ld, next, executor);
+    power = next;
+    std::swap(next, spare);
+  }
+  return power;
+}
+
+template <class T>
+double inner_product(const T* x, const T* y, int64_t k, int64_t ld) {
+  double sum = 0;
+  for (int64_t i = 0; i < k; ++i) sum += dot(x + i * ld, y + i * ld, k);
+  return sum;
+}
+
+// H_alpha and V for an integer alpha >= 3 without eigenvalues, from B = G / ||G||, whose eigenvalues
+// are at most 1 and whose largest is at least 1 / sqrt(k), so that no power of it vanishes:
+//     tr rho^alpha = (||G|| / tr G)^alpha tr B^alpha,
+//     V = alpha / (1 - alpha) / tr G (tr G / ||G|| · B^(alpha - 1) / tr B^alpha - I).
+// g and, if V is wanted, v: full.
+template <class T>
+double entropy_by_powers(const T* g, int64_t k, int64_t ld, double tau, int64_t alpha, T* v,
+                         const Executor& executor) {
+  Memory memory;
+  const double norm = std::sqrt(inner_product(g, g, k, ld));
+  const Vec<T> inverse = splat(T(1 / norm));
+  T* b = memory.take<T>(ld * ld);
+  executor.run(ld, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * ld; i < end * ld; i += kLanes<T>) store(b + i, load(g + i) * inverse);
+  });
+  double trace;
+  if (!v && alpha % 2 == 0) {
+    const T* half = matrix_power(b, alpha / 2, k, ld, memory, executor);
+    trace = inner_product(half, half, k, ld);
+  } else {
+    const T* power = matrix_power(b, alpha - 1, k, ld, memory, executor);
+    trace = inner_product(power, b, k, ld);
+    if (v) {
+      const double factor = double(alpha) / double(1 - alpha) / tau;
+      const Vec<T> scale = splat(T(factor * tau / norm / trace));
+      executor.run(k, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t j = 0; j < ld; j += kLanes<T>)
+            store(v + i * ld + j, load(power + i * ld + j) * scale);
+          v[i * ld + i] -= T(factor);
+        }
+      });
+    }
+  }
+  return (double(alpha) * std::log(norm / tau) + std::log(trace)) / double(1 - alpha);
+}
+
+inline bool by_powers(double alpha, int64_t k) {
+  return k >= kPowersFrom && alpha >= 3 && alpha <= double(kMaxPower) && alpha == std::floor(alpha);
+}
+
 template <class S, class T>
 void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t begin, int64_t end,
                    const Executor& executor) {
-  const int64_t k = f.k(), group = alpha == 2 ? 1 : kQlGroup;
+  const int64_t k = f.k(), group = alpha == 2 || by_powers(alpha, k) ? 1 : kQlGroup;
   std::vector<EntropyTask<S, T>> tasks;
   std::vector<QlState<T>> states;
   tasks.reserve(size_t(group));
@@ -400,10 +548,12 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
       if (task.tau == 0 || !std::isfinite(task.tau)) continue;
       if (weight || alpha != 2) {
         mirror<T, true>(task.gram.g, k, ld, executor);
-        task.v = memory.take<T>(ld * ld);
+        if (weight || !by_powers(alpha, k)) task.v = memory.take<T>(ld * ld);
       }
       if (alpha == 2)
         task.h = renyi2(task.gram.g, k, ld, task.tau, weight ? task.v : nullptr);
+      else if (by_powers(alpha, k))
+        task.h = entropy_by_powers(task.gram.g, k, ld, task.tau, int64_t(alpha), task.v, executor);
       else
         states.push_back(task.reduce(weight != nullptr, memory));
     }
@@ -417,7 +567,7 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
         if (w) std::memset(w, 0, size_t(k * k) * sizeof(T));
         continue;
       }
-      if (alpha != 2 && std::isfinite(task.tau)) {
+      if (alpha != 2 && !by_powers(alpha, k) && std::isfinite(task.tau)) {
         const QlState<T>& q = states[at++];
         if (!q.failed) {
           T* spectral = w ? memory.take<T>(k) : nullptr;
@@ -432,6 +582,111 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
   }
 }
 
+template <class S, class T>
+void entropy_lanes(const Features& f, double alpha, T* value, T* weight, int64_t first,
+                   int64_t count) {
+  constexpr int VL = kLanes<T>;
+  Memory memory;
+  LaneGroup<S, T> group(f, first, count, f.samples(), memory);
+  const int64_t k = group.k, order = group.order;
+  const Vec<T> tau = group.trace();
+  const Flags<T> empty = tau == 0;
+  // Without normalisation the entries may be of any size, and the next step takes squares of them.
+  const Flags<T> usable = empty | ((tau > T(kTraceLow<T>)) & (tau < T(kTraceHigh<T>)));
+  for (int m = 0; m < count; ++m) group.failed[m] |= !usable[m];
+  const Vec<T> inverse = empty ? Vec<T>{} : 1 / tau;
+  Vec<T>* v = group.g;
+  if (alpha == 2 || weight) {
+    v = memory.take<Vec<T>>(packed_row(order));
+  }
+  Vec<T> factor = inverse;
+  if (alpha == 2) {
+    // V = 2/tau (I - rho / tr rho²), H = -log tr rho².
+    double square[VL] = {};
+    for (int64_t i = 0; i < k; ++i) {
+      const Vec<T>* row = group.g + packed_row(i);
+      Vec<T> sum{};
+      for (int64_t j = 0; j < i; ++j) sum += row[j] * row[j];
+      sum += sum + row[i] * row[i];
+      T x[VL];
+      store(x, Vec<T>(sum * inverse * inverse));
+      for (int m = 0; m < VL; ++m) square[m] += double(x[m]);
+    }
+    for (int m = 0; m < count; ++m) value[first + m] = empty[m] ? T(0) : T(-std::log(square[m]));
+    if (weight) {
+      Vec<T> purity;
+      for (int m = 0; m < VL; ++m) purity[m] = empty[m] ? T(1) : T(square[m]);
+      const Vec<T> scaled = -inverse / purity;
+      for (int64_t i = 0; i < order; ++i) {
+        for (int64_t j = 0; j <= i; ++j) v[packed_row(i) + j] = scaled * group.g[packed_row(i) + j];
+        v[packed_row(i) + i] += T(1);
+      }
+      factor = 2 * inverse;
+    }
+  } else {
+    Memory inner;
+    // An odd stride: rows an even number of lines apart would share the sets of a cache.
+    const int64_t ld = k | 1;
+    Vec<T>*a = inner.take<Vec<T>>(k * ld), *d = inner.take<Vec<T>>(k), *e = inner.take<Vec<T>>(k),
+         *t = inner.take<Vec<T>>(k);
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j <= i; ++j) a[i * ld + j] = inverse * group.g[packed_row(i) + j];
+    tridiagonalize_lanes<T>(a, k, ld, d, e, t);
+    Vec<T>* q = nullptr;
+    if (weight) {
+      q = inner.take<Vec<T>>(order * ld);
+      form_q_lanes<T>(a, k, ld, t, q, ld);
+      for (int64_t i = k * ld; i < order * ld; ++i) q[i] = Vec<T>{};
+    }
+    const Flags<T> converged = ql_lanes<T>(d, e, k, q, ld, k);
+    double* lam = inner.take<double>(k);
+    T* spectral = inner.take<T>(k);
+    for (int m = 0; m < count; ++m) {
+      group.failed[m] |= !converged[m];
+      if (group.failed[m] || empty[m]) {
+        value[first + m] = 0;
+        for (int64_t r = 0; r < k; ++r) e[r][m] = 0;
+        continue;
+      }
+      for (int64_t r = 0; r < k; ++r) lam[r] = double(d[r][m]);
+      value[first + m] =
+          T(entropy_of_spectrum<T>(lam, k, alpha, weight ? spectral : nullptr));
+      if (weight)
+        for (int64_t r = 0; r < k; ++r) e[r][m] = spectral[r];
+    }
+    if (weight) spectral_lanes<T>(q, e, k, ld, v);
+  }
+  if (weight) group.store_weight(v, factor, weight);
+  for (int m = 0; m < count; ++m)
+    if (group.failed[m])
+      entropy_range<S, T>(f, alpha, value, weight, first + m, first + m + 1, Executor{nullptr});
+}
+
+// The product grad · W' z of weight_bwd_samples where z lies ready for it: whole tiles, the last ones
+// moved back so that they end with the matrix (what they share with their neighbours comes out the
+// same), and so small that nothing needs to be packed. Returns false where this does not hold.
+template <class T>
+bool weight_bwd_in_place(const Rows<T, T>& rows, T grad, const T* weight, T* out) {
+  constexpr int VL = kLanes<T>;
+  const int64_t n = rows.n, d = rows.d, ld = rows.row_stride;
+  if (rows.mask || rows.column_stride != 1 || n < MR || d < VL || n * d > kInPlace) return false;
+  const bool whole = d % VL == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  for (int64_t c = 0, vectors; c < d; c += vectors * VL) {
+    vectors = std::clamp<int64_t>((d - c) / VL, 1, NV);
+    const int64_t c0 = std::min(c, d - vectors * VL);
+    for (int64_t r = 0; r < n; r += MR) {
+      const int64_t r0 = std::min(r, n - MR);
+      const T* a = weight + r0;  // its columns, which are its rows
+      T* to = out + r0 * d + c0;
+      if (whole)
+        tile_of_width<T, true, Write::kStream>(int(vectors), n, a, n, rows.z + c0, ld, to, d, grad);
+      else
+        tile_of_width<T, true, Write::kScale>(int(vectors), n, a, n, rows.z + c0, ld, to, d, grad);
+    }
+  }
+  return true;
+}
+
 // grad_z of one matrix on the samples side: grad · W' z, raw z. W' is symmetric.
 template <class S, class T>
 void weight_bwd_samples(const Features& f, int64_t index, int64_t last, T grad, const T* weight,
@@ -439,6 +694,8 @@ void weight_bwd_samples(const Features& f, int64_t index, int64_t last, T grad, 
   constexpr int64_t kDepth = 256;  // rows of z in a panel that stays in a first-level cache
   Memory memory;
   const Rows<S, T> rows(f, index);
+  if constexpr (std::is_same_v<S, T>)
+    if (weight_bwd_in_place(rows, grad, weight, out)) return;
   const int64_t n = f.n, d = f.d, tiles = ceil_div(n, MR);
   // Tile t of W' as n rows of MR: column k of its rows is row k of these columns.
   T* w = memory.take<T>(tiles * MR * n);
@@ -447,15 +704,11 @@ void weight_bwd_samples(const Features& f, int64_t index, int64_t last, T grad, 
     T* to = w + t * MR * n;
     if (width < MR) std::memset(to, 0, size_t(MR * n) * sizeof(T));
     for (int64_t k = 0; k < n; ++k) {
-      T row[MR];
       const T* from = weight + k * n + t * MR;
-      if (width == MR) {
-        std::memcpy(row, from, sizeof row);
-        for (int i = 0; i < MR; ++i) row[i] *= grad;
-        std::memcpy(to + k * MR, row, sizeof row);
-      } else {
-        for (int i = 0; i < width; ++i) to[k * MR + i] = grad * from[i];
-      }
+      if (width == MR)
+        std::memcpy(to + k * MR, from, MR * sizeof(T));
+      else
+        std::memcpy(to + k * MR, from, size_t(width) * sizeof(T));
     }
   }
   Prefetch ahead(f, sizeof(S), index, last, tiles * ceil_div(d, NR<T>) * ceil_div(n, kDepth));
@@ -480,7 +733,7 @@ void weight_bwd_samples(const Features& f, int64_t index, int64_t last, T grad, 
           if constexpr (std::is_same_v<S, T>)
             if (whole && (t + 1) * MR <= n) {
               tile_of_width<T, true, Write::kStream>(vectors, n, a, MR, panel, NR<T>,
-                                                     out + t * MR * d + c0, d);
+                                                     out + t * MR * d + c0, d, grad);
               continue;
             }
           T* to = sum + t * MR * NR<T>;
@@ -492,7 +745,7 @@ void weight_bwd_samples(const Features& f, int64_t index, int64_t last, T grad, 
       }
       for (int64_t i = whole ? n / MR * MR : 0; i < n; ++i)
         for (int64_t j = 0; j < width; ++j)
-          out[i * d + c0 + j] = to_storage<S>(sum[i * NR<T> + j]);
+          out[i * d + c0 + j] = to_storage<S>(grad * sum[i * NR<T> + j]);
     }
   });
 }
@@ -568,10 +821,58 @@ void weight_bwd_features(const Features& f, int64_t index, T grad, const T* weig
 template <class F>
 void over_batch(const Features& f, Threads threads, const F& body) {
   const int64_t work = f.k() * f.n * f.d;
-  if (f.batch < threads.count && work > 200000) return body(0, f.batch, Executor{threads.parallel});
-  const int64_t grain = std::max<int64_t>(1, 20000 / std::max<int64_t>(work, 1));
+  if (f.batch < threads.count && work > kShareLoops) return body(0, f.batch, Executor{threads.parallel});
+  const int64_t grain = std::max<int64_t>(1, kShareBatch / std::max<int64_t>(work, 1));
   Executor{threads.parallel}.run(f.batch, grain, [&](int64_t begin, int64_t end) {
     body(begin, end, Executor{nullptr});
+  });
+}
+
+template <class S, class T>
+void gram_one(const Features& f, int64_t index, int64_t end, bool samples, T* out, T* inverse_norm,
+              T* mean, const Executor& executor) {
+  Memory memory;
+  const Gram<S, T> gram(f, index, end, samples, false, executor, memory);
+  const int64_t k = gram.k;
+  mirror<T, true>(gram.g, k, gram.ldg, executor);
+  for (int64_t r = 0; r < k; ++r)
+    std::memcpy(out + (index * k + r) * k, gram.g + r * gram.ldg, size_t(k) * sizeof(T));
+  std::memcpy(inverse_norm + index * f.n, gram.scale, size_t(f.n) * sizeof(T));
+  std::memcpy(mean + index * f.d, gram.mean, size_t(f.d) * sizeof(T));
+}
+
+template <class S, class T>
+void gram_lanes(const Features& f, bool samples, T* out, T* inverse_norm, T* mean, int64_t first,
+                int64_t count) {
+  Memory memory;
+  const LaneGroup<S, T> group(f, first, count, samples, memory);
+  const int64_t k = group.k;
+  group.store_square(
+      [&](int64_t i, int64_t j) {
+        return i >= j ? group.g[packed_row(i) + j] : group.g[packed_row(j) + i];
+      },
+      k, k, out);
+  group.store_square([&](int64_t, int64_t j) { return group.scale[j]; }, 1, f.n, inverse_norm);
+  std::memset(mean + first * f.d, 0, size_t(count * f.d) * sizeof(T));
+  for (int m = 0; m < count; ++m)
+    if (group.failed[m])
+      gram_one<S, T>(f, first + m, first + m + 1, samples, out, inverse_norm, mean, Executor{nullptr});
+}
+
+// Whether a group of matrices goes through the vector lanes together.
+template <class T>
+bool in_lanes(const Features& f, int64_t k, int64_t most, Threads threads) {
+  if (most == kLanesProduct && f.n * f.d > kLanesLoad) return false;
+  return k > 0 && k <= most && !f.center && f.batch >= kLanes<T> / 2 * threads.count;
+}
+
+// Shares groups of kLanes matrices among threads: body(first, count).
+template <class T, class F>
+void over_groups(const Features& f, Threads threads, const F& body) {
+  constexpr int VL = kLanes<T>;
+  Executor{threads.parallel}.run(ceil_div(f.batch, VL), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      body(i * VL, std::min<int64_t>(VL, f.batch - i * VL));
   });
 }
 
@@ -589,6 +890,11 @@ void dispatch(DType dtype, const F& body) {
 void coding_rate(const Features& f, double scale, void* value, void* weight, Threads threads) {
   dispatch(f.dtype, [&](auto s, auto t) {
     using T = decltype(t);
+    if (in_lanes<T>(f, f.k(), kLanesFactor, threads))
+      return over_groups<T>(f, threads, [&](int64_t first, int64_t count) {
+        coding_rate_lanes<decltype(s), T>(f, scale, static_cast<T*>(value),
+                                          static_cast<T*>(weight), first, count);
+      });
     over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
       coding_rate_range<decltype(s), T>(f, scale, static_cast<T*>(value), static_cast<T*>(weight),
                                         begin, end, executor);
@@ -596,9 +902,19 @@ void coding_rate(const Features& f, double scale, void* value, void* weight, Thr
   });
 }
 
+bool serves_entropy(double alpha, int64_t k) {
+  return alpha == 2 || k <= kMaxEigen || by_powers(alpha, k);
+}
+
 void entropy(const Features& f, double alpha, void* value, void* weight, Threads threads) {
   dispatch(f.dtype, [&](auto s, auto t) {
     using T = decltype(t);
+    const int64_t most = alpha == 2 ? kLanesProduct : by_powers(alpha, f.k()) ? 0 : kLanesEigen;
+    if (in_lanes<T>(f, f.k(), most, threads))
+      return over_groups<T>(f, threads, [&](int64_t first, int64_t count) {
+        entropy_lanes<decltype(s), T>(f, alpha, static_cast<T*>(value), static_cast<T*>(weight),
+                                      first, count);
+      });
     over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
       entropy_range<decltype(s), T>(f, alpha, static_cast<T*>(value), static_cast<T*>(weight),
                                     begin, end, executor);
@@ -611,17 +927,15 @@ void gram(const Features& f, bool samples, void* out, void* inverse_norm, void* 
   dispatch(f.dtype, [&](auto s, auto t) {
     using T = decltype(t);
     const int64_t k = samples ? f.n : f.d;
+    if (in_lanes<T>(f, k, kLanesProduct, threads))
+      return over_groups<T>(f, threads, [&](int64_t first, int64_t count) {
+        gram_lanes<decltype(s), T>(f, samples, static_cast<T*>(out), static_cast<T*>(inverse_norm),
+                                   static_cast<T*>(mean), first, count);
+      });
     over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
-      for (int64_t i = begin; i < end; ++i) {
-        Memory memory;
-        const Gram<decltype(s), T> one(f, i, end, samples, false, executor, memory);
-        mirror<T, true>(one.g, k, one.ldg, executor);
-        T* to = static_cast<T*>(out) + i * k * k;
-        for (int64_t r = 0; r < k; ++r)
-          std::memcpy(to + r * k, one.g + r * one.ldg, size_t(k) * sizeof(T));
-        std::memcpy(static_cast<T*>(inverse_norm) + i * f.n, one.scale, size_t(f.n) * sizeof(T));
-        std::memcpy(static_cast<T*>(mean) + i * f.d, one.mean, size_t(f.d) * sizeof(T));
-      }
+      for (int64_t i = begin; i < end; ++i)
+        gram_one<decltype(s), T>(f, i, end, samples, static_cast<T*>(out),
+                                 static_cast<T*>(inverse_norm), static_cast<T*>(mean), executor);
     });
   });
 }
@@ -645,11 +959,59 @@ void weight_bwd(const Features& f, const void* grad, const void* weight, void* g
   });
 }
 
+// Gradient of z from the gradient (k x k) of its Gram matrix, one matrix.
+template <class S, class T>
+void gram_bwd_one(const Features& f, int64_t index, int64_t end, bool samples, const T* grad,
+                  const T* gram, const T* inverse_norm, const T* mean, S* out,
+                  const Executor& executor) {
+  Memory memory;
+  const int64_t k = samples ? f.n : f.d;
+  T* scale = memory.take<T>(f.n);
+  T* mean_row = memory.take<T>(round_up(f.d, NR<T>) + kLanes<T>);
+  std::memcpy(scale, inverse_norm + index * f.n, size_t(f.n) * sizeof(T));
+  std::memset(mean_row, 0, size_t(round_up(f.d, NR<T>) + kLanes<T>) * sizeof(T));
+  std::memcpy(mean_row, mean + index * f.d, size_t(f.d) * sizeof(T));
+  const Gram<S, T> one(f, index, samples, gram + index * k * k, scale, mean_row, memory);
+  const int64_t ld = one.ldg;
+  T *v = memory.take<T>(ld * ld), *t = memory.take<T>(ld * ld), *w = memory.take<T>(k * k);
+  std::memset(v, 0, size_t(ld * ld) * sizeof(T));
+  const T* from = grad + index * k * k;
+  for (int64_t i = 0; i < k; ++i) std::memcpy(v + i * ld, from + i * k, size_t(k) * sizeof(T));
+  executor.run(ld, 32, [&](int64_t i0, int64_t i1) {
+    transpose(v + i0 * ld, ld, i1 - i0, ld, t + i0, ld);
+  });
+  executor.run(k, 32, [&](int64_t i0, int64_t i1) {
+    for (int64_t i = i0 * ld; i < i1 * ld; i += kLanes<T>)
+      store(v + i, (load(v + i) + load(t + i)) * splat(T(0.5)));
+  });
+  one.fold(v, T(1), w, executor);
+  S* to = out + index * f.n * f.d;
+  if (samples)
+    weight_bwd_samples<S, T>(f, index, end, T(1), w, to, executor);
+  else
+    weight_bwd_features<S, T>(f, index, T(1), w, to, executor);
+}
+
+void gram_bwd(const Features& f, bool samples, const void* grad, const void* gram,
+              const void* inverse_norm, const void* mean, void* grad_z, Threads threads) {
+  dispatch(f.dtype, [&](auto s, auto t) {
+    using S = decltype(s);
+    using T = decltype(t);
+    over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
+      for (int64_t i = begin; i < end; ++i)
+        gram_bwd_one<S, T>(f, i, end, samples, static_cast<const T*>(grad),
+                           static_cast<const T*>(gram), static_cast<const T*>(inverse_norm),
+                           static_cast<const T*>(mean), static_cast<S*>(grad_z), executor);
+    });
+  });
+}
+
 }  // namespace MMAE_ISA
 
 const Kernels& MMAE_CONCAT(kernels_, MMAE_ISA)() {
-  static const Kernels table{MMAE_ISA_NAME,     MMAE_ISA::kMaxEigen, MMAE_ISA::coding_rate,
-                             MMAE_ISA::entropy, MMAE_ISA::gram,      MMAE_ISA::weight_bwd};
+  static const Kernels table{MMAE_ISA_NAME,     MMAE_ISA::kMaxEigen, MMAE_ISA::serves_entropy, MMAE_ISA::coding_rate,
+                             MMAE_ISA::entropy, MMAE_ISA::gram,      MMAE_ISA::gram_bwd,
+                             MMAE_ISA::weight_bwd};
   return table;
 }
 

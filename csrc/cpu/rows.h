@@ -1,5 +1,5 @@
 // From a strided feature matrix of any storage type to packed panels of prepared rows (normalised,
-// masked, centred). Included inside an instruction-set namespace after gemm.h.
+// masked, centred). Included inside an instruction-set namespace after plan.h.
 //
 // Nothing here copies the batch: a matrix is read where it lies, a few rows or one block of the
 // product's depth at a time, into panels that the cache holds.
@@ -88,12 +88,6 @@ inline double dot(const T* x, const T* y, int64_t n) {
   for (; i < n; ++i) sum += double(x[i]) * y[i];
   return sum;
 }
-
-// Where a sum of squares is exact enough: nothing of weight has vanished or overflowed.
-template <class T>
-constexpr double kSquareLow = sizeof(T) == 4 ? 1e-30 : 1e-280;
-template <class T>
-constexpr double kSquareHigh = sizeof(T) == 4 ? 1e37 : 1e300;
 
 // 1 / ||x||; 0 for a zero row; NaN for a row with NaN or Inf.
 template <class T>
