@@ -47,6 +47,11 @@ void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* m
   T* packed = memory.take<T>(panels * NR<T> * std::max<int64_t>(block, 1));
   const int64_t written = depth_total == 0 ? 0 : round_up(k, MR);
   std::memset(g + written * ldg, 0, size_t((ldg - written) * ldg) * sizeof(T));
+  // Tiles end with the vector that holds column k - 1; where tiles have more rows than vectors have
+  // lanes, there are columns after it.
+  if (kLanes<T> < MR)
+    for (int64_t i = 0, used = round_up(k, kLanes<T>); i < written; ++i)
+      std::fill(g + i * ldg + used, g + (i + 1) * ldg, T(0));
   for (int64_t at = 0; at < depth_total; at += block) {
     const int64_t depth = std::min(block, depth_total - at);
     executor.run(panels, 1, [&](int64_t begin, int64_t end) {
