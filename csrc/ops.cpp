@@ -112,8 +112,9 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType t
   return torch::stable::new_empty(like, shape, type);
 }
 
-// Large results are fresh memory at every call. In pages of 4 KB their first use would fault once per
-// page, which costs more than computing them; so large pages are asked for, inside the tensor only.
+// Large results are fresh memory at every call. In pages of 4 KB their first use would fault once
+// per page, which costs more than computing them; so large pages are asked for, inside the tensor
+// only.
 Tensor empty_large(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   Tensor result = empty(like, shape, type);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -152,14 +153,41 @@ std::tuple<Tensor, Tensor> coding_rate(const Tensor& z, const std::optional<Tens
   return {out.value, out.weight};
 }
 
+void check_entropy(double alpha, int64_t k) {
+  STD_TORCH_CHECK(kernels().serves_entropy(alpha, k), "mmae_fast: no compiled entropy of order ",
+                  alpha, " for k = ", k);
+}
+
 std::tuple<Tensor, Tensor> entropy(const Tensor& z, const std::optional<Tensor>& mask, double alpha,
                                    bool normalize, bool center, bool need_weight) {
   const Features f = describe(z, mask, normalize, center);
   Outputs out = allocate(z, f, need_weight);
-  STD_TORCH_CHECK(kernels().serves_entropy(alpha, f.k()), "mmae_fast: no eigensolver for k = ", f.k());
+  check_entropy(alpha, f.k());
   kernels().entropy(f, alpha, out.value.mutable_data_ptr(),
                     need_weight ? out.weight.mutable_data_ptr() : nullptr, threads());
   return {out.value, out.weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> joint_entropy(const Tensor& z1, const Tensor& z2,
+                                                 const std::optional<Tensor>& mask, double alpha,
+                                                 bool normalize, bool center, bool need_weight) {
+  const Features f1 = describe(z1, mask, normalize, center);
+  const Features f2 = describe(z2, mask, normalize, center);
+  STD_TORCH_CHECK(batch_shape(z1) == batch_shape(z2) && f1.n == f2.n && f1.dtype == f2.dtype,
+                  "mmae_fast: two views must agree in batch, rows and dtype");
+  check_entropy(alpha, f1.n);
+  std::vector<int64_t> shape = batch_shape(z1);
+  Tensor value = empty(z1, shape, accumulation_type(z1));
+  if (need_weight)
+    shape.insert(shape.end(), 2, f1.n);
+  else
+    shape = {0};
+  Tensor weight1 = empty_large(z1, shape, accumulation_type(z1)),
+         weight2 = empty_large(z1, shape, accumulation_type(z1));
+  kernels().joint_entropy(f1, f2, alpha, value.mutable_data_ptr(),
+                          need_weight ? weight1.mutable_data_ptr() : nullptr,
+                          need_weight ? weight2.mutable_data_ptr() : nullptr, threads());
+  return {value, weight1, weight2};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Tensor>& mask,
@@ -208,13 +236,14 @@ Tensor gram_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tensor>
 }
 
 Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tensor>& mask,
-                  const Tensor& weight, bool normalize, bool center) {
+                  const Tensor& weight, bool samples, bool normalize, bool center) {
   const Features f = describe(z, mask, normalize, center);
-  check_contiguous(weight, z, f.batch * f.k() * f.k(), "weight");
+  const int64_t k = samples ? f.n : f.d;
+  check_contiguous(weight, z, f.batch * k * k, "weight");
   check_contiguous(grad, z, f.batch, "grad");
   Tensor grad_z = grad_like(z, f);
-  kernels().weight_bwd(f, grad.const_data_ptr(), weight.const_data_ptr(), grad_z.mutable_data_ptr(),
-                       threads());
+  kernels().weight_bwd(f, samples, grad.const_data_ptr(), weight.const_data_ptr(),
+                       grad_z.mutable_data_ptr(), threads());
   return grad_z;
 }
 
@@ -232,6 +261,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
       "cpu_entropy(Tensor z, Tensor? mask, float alpha, bool normalize, bool center, "
       "bool need_weight) -> (Tensor value, Tensor weight)");
   m.def(
+      "cpu_joint_entropy(Tensor z1, Tensor z2, Tensor? mask, float alpha, bool normalize, "
+      "bool center, bool need_weight) -> (Tensor value, Tensor weight1, Tensor weight2)");
+  m.def(
       "cpu_gram(Tensor z, Tensor? mask, bool samples, bool normalize, bool center) -> (Tensor "
       "gram, "
       "Tensor inverse_norm, Tensor mean)");
@@ -239,8 +271,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
       "cpu_gram_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor gram, Tensor inverse_norm, "
       "Tensor mean, bool samples, bool normalize, bool center) -> Tensor");
   m.def(
-      "cpu_weight_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor weight, bool normalize, "
-      "bool center) -> Tensor");
+      "cpu_weight_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor weight, bool samples, "
+      "bool normalize, bool center) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("cpu_max_eigen() -> int");
   m.def("cpu_serves_entropy(float alpha, int k) -> bool");
@@ -249,6 +281,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CPU, m) {
   m.impl("cpu_coding_rate", TORCH_BOX(&coding_rate));
   m.impl("cpu_entropy", TORCH_BOX(&entropy));
+  m.impl("cpu_joint_entropy", TORCH_BOX(&joint_entropy));
   m.impl("cpu_gram", TORCH_BOX(&gram));
   m.impl("cpu_gram_bwd", TORCH_BOX(&gram_bwd));
   m.impl("cpu_weight_bwd", TORCH_BOX(&weight_bwd));

@@ -37,7 +37,8 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
 
 def weight_bwd(grad, z, mask, weight, normalize, center):
     grad, weight = grad.contiguous(), weight.contiguous()
-    return _ops.cpu_weight_bwd(grad, z, mask, weight, normalize, center)
+    samples = z.shape[-2] <= z.shape[-1]
+    return _ops.cpu_weight_bwd(grad, z, mask, weight, samples, normalize, center)
 
 
 def gram_bwd(grad, z, mask, parts, samples, normalize, center):

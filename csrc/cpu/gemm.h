@@ -1,4 +1,5 @@
-// Matrix products on packed panels. Included inside an instruction-set namespace after simd.h and threads.h.
+// Matrix products on packed panels. Included inside an instruction-set namespace after simd.h and
+// threads.h.
 //
 // One register tile of MR x NR outputs serves every product of the project: the Gram matrix, the
 // rank-MR updates of the factorisation, and the backward product. The right operand B is stored as
@@ -19,8 +20,8 @@ enum class Write { kSet, kAdd, kSubtract, kScale, kStream };  // kStream: kScale
 // c[i][j] (=, +=, -=, = scale ·) sum_k a(i, k) b[k * ldb + j] for MR rows and V vectors of columns.
 // kColumns: a(i, k) = a[k * lda + i] (a panel); otherwise a(i, k) = a[i * lda + k] (rows).
 template <class T, int V, bool kColumns, Write kWrite>
-inline void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                 int64_t ldc, T scale = 1) {
+inline void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+                 T scale = 1) {
   Vec<T> acc[MR][V];
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
@@ -106,8 +107,8 @@ inline void mirror(T* g, int64_t k, int64_t ldg, const Executor& executor) {
       for (int i = 0; i < VL; ++i) x[i] = y[i] = load(diagonal + i * ldg);
       transpose_block<T>(y);
       for (int i = 0; i < VL; ++i)
-        store(diagonal + i * ldg, kFromUpper ? lanes_above<T>(x[i], y[i], i - 1)
-                                             : lanes_above<T>(y[i], x[i], i));
+        store(diagonal + i * ldg,
+              kFromUpper ? lanes_above<T>(x[i], y[i], i - 1) : lanes_above<T>(y[i], x[i], i));
       for (int64_t j0 = i0 + VL; j0 < k; j0 += VL) {
         T *upper = g + i0 * ldg + j0, *lower = g + j0 * ldg + i0;
         if constexpr (kFromUpper)

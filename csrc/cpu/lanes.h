@@ -1,9 +1,10 @@
-// Small matrices, one per vector lane. Included inside an instruction-set namespace after rows.h.
+// Small matrices, one per vector lane. Included inside an instruction-set namespace after gram.h.
 //
-// A vector holds the same entry of kLanes matrices, so every step below is written as for one matrix
-// and has no edges, no sums across a vector, and a division or square root that serves kLanes
-// matrices. From Z to the weight a group of matrices stays in a second-level cache; what differs
-// between the lanes (convergence of an eigenvalue, rows that are dropped) is a masked assignment.
+// A vector holds the same entry of kLanes matrices, so every step below is written as for one
+// matrix and has no edges, no sums across a vector, and a division or square root that serves
+// kLanes matrices. From Z to the weight a group of matrices stays in a second-level cache; what
+// differs between the lanes (convergence of an eigenvalue, rows that are dropped) is a masked
+// assignment.
 //
 // Symmetric matrices are packed: row i of the lower triangle starts at i (i + 1) / 2. Orders are
 // padded with zero rows to whole blocks of LB.
@@ -92,7 +93,8 @@ struct LaneGroup {
     Memory inner;
     rows_ = inner.take<Rows<S, T>>(VL);
     // Lanes past the last matrix repeat it: they cost nothing and their results are not stored.
-    for (int m = 0; m < VL; ++m) new (&rows_[m]) Rows<S, T>(f, first + std::min<int64_t>(m, count - 1));
+    for (int m = 0; m < VL; ++m)
+      new (&rows_[m]) Rows<S, T>(f, first + std::min<int64_t>(m, count - 1));
     const int64_t depth_total = samples ? f.d : f.n;
     if (first + 2 * VL <= f.batch && f.batch_dims == 1 &&
         f.n * f.d * int64_t(sizeof(S)) * VL <= (int64_t(512) << 10))
@@ -111,12 +113,6 @@ struct LaneGroup {
     }
     if (samples) scale_gram();
     for (int64_t i = f.n; i < order; ++i) scale[i] = Vec<T>{};
-  }
-
-  Vec<T> trace() const {
-    Vec<T> sum{};
-    for (int64_t i = 0; i < k; ++i) sum += g[packed_row(i) + i];
-    return sum;
   }
 
   // W' of V = factor · v, v packed (see kernels.inl), to the batch's weight: 2 V, on the samples
@@ -197,8 +193,8 @@ struct LaneGroup {
   }
 
   Rows<S, T>* rows_;
-  int64_t ahead_ = 0;  // elements from here to what will be wanted soon: kLanes streams of short rows are more
-                       // than the hardware foresees
+  int64_t ahead_ = 0;  // elements from here to what will be wanted soon: kLanes streams of short
+                       // rows are more than the hardware foresees
 
   // Columns [c0, c1) of row i of every matrix to `to`, `step` apart. Dropped rows become zero.
   void fetch(int64_t i, int64_t c0, int64_t c1, Vec<T>* to, int64_t step) {
@@ -211,7 +207,8 @@ struct LaneGroup {
       for (int m = 0; m < VL; ++m) {
         T buffer[VL];
         const T* from = rows_[m].fetch(i, c, c + width, buffer);
-        __builtin_prefetch(rows_[m].z + (i * rows_[m].row_stride + c * rows_[m].column_stride) + ahead_, 0, 2);
+        __builtin_prefetch(
+            rows_[m].z + (i * rows_[m].row_stride + c * rows_[m].column_stride) + ahead_, 0, 2);
         if (width == VL) {
           x[m] = load(from);
         } else {
@@ -231,7 +228,8 @@ struct LaneGroup {
     for (int64_t i = 0; i < order; i += LB)
       for (int64_t j = 0; j <= i; j += LB) {
         const Vec<T>*a[LB], *b[LB];
-        for (int r = 0; r < LB; ++r) a[r] = panel + (i + r) * kDepth, b[r] = panel + (j + r) * kDepth;
+        for (int r = 0; r < LB; ++r)
+          a[r] = panel + (i + r) * kDepth, b[r] = panel + (j + r) * kDepth;
         Vec<T> s[LB][LB] = {};
         dots<T>(depth, a, b, s);
         for (int r = 0; r < LB; ++r)
@@ -288,176 +286,45 @@ struct LaneGroup {
   }
 };
 
+template <class S, class T>
+void gram_lanes(const Features& f, bool samples, T* out, T* inverse_norm, T* mean, int64_t first,
+                int64_t count) {
+  Memory memory;
+  const LaneGroup<S, T> group(f, first, count, samples, memory);
+  const int64_t k = group.k;
+  group.store_square(
+      [&](int64_t i, int64_t j) {
+        return i >= j ? group.g[packed_row(i) + j] : group.g[packed_row(j) + i];
+      },
+      k, k, out);
+  group.store_square([&](int64_t, int64_t j) { return group.scale[j]; }, 1, f.n, inverse_norm);
+  std::memset(mean + first * f.d, 0, size_t(count * f.d) * sizeof(T));
+  for (int m = 0; m < count; ++m)
+    if (group.failed[m])
+      gram_one<S, T>(f, first + m, first + m + 1, samples, out, inverse_norm, mean,
+                     Executor{nullptr});
+}
+
 // --------------------------------------------------------------------------------------------------
-// log det (I + X) and (I + X)⁻¹
+// Which batches go this way
 
-// log of a product of many factors: mantissa and exponent apart, one logarithm at the end.
+// Whether lanes serve matrices of order k; `most` is the limit of plan.h for the quantity.
 template <class T>
-struct LogProduct {
-  double mantissa[kLanes<T>];
-  int64_t exponent[kLanes<T>] = {};
+bool in_lanes(const Features& f, int64_t k, int64_t most, Threads threads) {
+  return k > 0 && k <= most && !f.center && f.batch >= kLanes<T> / 2 * threads.count;
+}
 
-  LogProduct() { std::fill(mantissa, mantissa + kLanes<T>, 1.0); }
-
-  // Times 1 + x. Factors are positive and at most the square root of the largest double.
-  void times_one_plus(Vec<T> x) {
-    T y[kLanes<T>];
-    store(y, x);
-    for (int m = 0; m < kLanes<T>; ++m) {
-      const double product = mantissa[m] * (1 + double(y[m]));
-      int64_t bits;
-      std::memcpy(&bits, &product, 8);
-      exponent[m] += (bits >> 52) - 1023;
-      bits = (bits & 0xfffffffffffff) | (int64_t(1023) << 52);
-      std::memcpy(&mantissa[m], &bits, 8);
-    }
-  }
-
-  double log(int m) const {
-    return std::log(mantissa[m]) + double(exponent[m]) * 0.69314718055994530942;
-  }
-};
-
-// I + X = L D Lᵀ for X = c · g, with L unit lower triangular, by columns of blocks; then F = L⁻¹ - I
-// and (I + X)⁻¹ = (I + F)ᵀ D⁻¹ (I + F). As in factor.h no identity is ever stored: pivots are 1 + δ,
-// F holds no 1, and a small X comes back as I - (I + X)⁻¹ with all its digits.
+// The same for what is little more than the product itself.
 template <class T>
-struct LaneFactor {
-  static constexpr int VL = kLanes<T>;
-  const int64_t order;
-  Vec<T>*l, *ft;           // L packed by rows; Fᵀ by rows, row j at ft + j * order
-  Vec<T>*delta, *inverse;  // pivots less 1; 1 / pivots
-  LogProduct<T> pivots;
-  Flags<T> possible;  // no pivot has been swamped by rounding
+bool product_in_lanes(const Features& f, int64_t k, Threads threads) {
+  return f.n * f.d <= kLanesLoad && in_lanes<T>(f, k, kLanesProduct, threads);
+}
 
-  LaneFactor(const Vec<T>* g, Vec<T> c, int64_t size, Memory& memory) : order(size) {
-    l = memory.take<Vec<T>>(packed_row(order));
-    delta = memory.take<Vec<T>>(order);
-    inverse = memory.take<Vec<T>>(order);
-    possible = ~Flags<T>{};
-    Memory inner;
-    Vec<T>* y = inner.take<Vec<T>>(LB * order);  // L D of the current block row
-    for (int64_t j = 0; j < order; j += LB) {
-      const Vec<T>* b[LB];
-      for (int r = 0; r < LB; ++r) {
-        b[r] = y + r * order;
-        const Vec<T>* lr = l + packed_row(j + r);
-        for (int64_t p = 0; p < j; ++p) y[r * order + p] = lr[p] * (1 + delta[p]);
-      }
-      Vec<T> d[LB][LB];
-      for (int64_t i = j; i < order; i += LB) {
-        const Vec<T>* a[LB];
-        Vec<T> s[LB][LB];
-        for (int r = 0; r < LB; ++r) {
-          a[r] = l + packed_row(i + r);
-          for (int q = 0; q < LB; ++q)
-            s[r][q] = i == j && q > r ? Vec<T>{} : -c * g[packed_row(i + r) + j + q];
-        }
-        dots<T>(j, a, b, s);
-        for (int r = 0; r < LB; ++r)
-          for (int q = 0; q < LB; ++q) s[r][q] = -s[r][q];
-        if (i == j) {
-          factor_diagonal(s, j);
-          for (int r = 0; r < LB; ++r)
-            for (int q = 0; q < r; ++q) l[packed_row(j + r) + j + q] = d[r][q] = s[r][q];
-          continue;
-        }
-        for (int q = 0; q < LB; ++q)
-          for (int r = 0; r < LB; ++r) {
-            for (int p = 0; p < q; ++p) s[r][q] -= s[r][p] * d[q][p];
-          }
-        for (int r = 0; r < LB; ++r)
-          for (int q = 0; q < LB; ++q) l[packed_row(i + r) + j + q] = s[r][q] * inverse[j + q];
-      }
-    }
-  }
-
-  // Overwrites L (packed) with I - (I + X)⁻¹ in the lanes `offset`, with -(I + X)⁻¹ in the others.
-  Vec<T>* invert(Flags<T> offset, Memory& memory) {
-    ft = memory.take<Vec<T>>(order * order);
-    for (int64_t j = 0; j < order; j += LB) invert_column(j);
-    Memory inner;
-    Vec<T>* h = inner.take<Vec<T>>(LB * order);  // Fᵀ D⁻¹ of the current block row
-    for (int64_t i = 0; i < order; i += LB) {
-      const Vec<T>* a[LB];
-      const int64_t after = i + LB;
-      Vec<T> own[LB][LB] = {};
-      for (int r = 0; r < LB; ++r) {
-        const Vec<T>* row = ft + (i + r) * order;
-        for (int64_t p = i + r + 1; p < order; ++p) h[r * order + p] = row[p] * inverse[p];
-        for (int q = r + 1; q < LB; ++q) own[r][q] = h[r * order + i + q];
-        a[r] = h + r * order + after;
-      }
-      for (int64_t j = 0; j <= i; j += LB) {
-        const Vec<T>* b[LB];
-        for (int q = 0; q < LB; ++q) b[q] = ft + (j + q) * order + after;
-        Vec<T> s[LB][LB] = {};
-        dots<T>(order - after, a, b, s);
-        for (int r = 0; r < LB; ++r)
-          for (int q = 0; q < LB; ++q) {
-            if (i == j && q > r) continue;
-            const Vec<T>* column = ft + (j + q) * order + i;  // F(i.., j + q)
-            Vec<T> sum = s[r][q];
-            for (int p = r + 1; p < LB; ++p) sum += own[r][p] * column[p];
-            if (i == j && q == r)
-              sum = offset ? sum - delta[i + r] * inverse[i + r] : sum + inverse[i + r];
-            else
-              sum += inverse[i + r] * column[r];
-            l[packed_row(i + r) + j + q] = -sum;
-          }
-      }
-    }
-    return l;
-  }
-
- private:
-  // L D Lᵀ of a block, in place: below the diagonal L.
-  void factor_diagonal(Vec<T> (&s)[LB][LB], int64_t j) {
-    for (int q = 0; q < LB; ++q) {
-      const Vec<T> x = s[q][q], pivot = 1 + x;
-      delta[j + q] = x;
-      inverse[j + q] = 1 / pivot;
-      // Pivots of I + X are at least 1: one much below tells that rounding of X swamped it.
-      possible &= (pivot > T(sizeof(T) == 4 ? 0.999 : 0)) & (pivot < T(kSquareHigh<T>));
-      pivots.times_one_plus(x);
-      Vec<T> column[LB];
-      for (int r = q + 1; r < LB; ++r) {
-        column[r] = s[r][q];
-        s[r][q] *= inverse[j + q];
-      }
-      for (int r = q + 1; r < LB; ++r)
-        for (int p = q + 1; p <= r; ++p) s[r][p] -= s[r][q] * column[p];
-    }
-  }
-
-  // F(i, j) = -(L(i, j) + sum over j < p < i of L(i, p) F(p, j)) for a column of blocks.
-  void invert_column(int64_t j) {
-    const Vec<T>* b[LB];
-    for (int q = 0; q < LB; ++q) b[q] = ft + (j + q) * order + j + LB;
-    for (int64_t i = j; i < order; i += LB) {
-      const Vec<T>* a[LB];
-      Vec<T> s[LB][LB];
-      for (int r = 0; r < LB; ++r) {
-        const Vec<T>* row = l + packed_row(i + r);
-        a[r] = row + j + LB;
-        for (int q = 0; q < LB; ++q) s[r][q] = i == j && q >= r ? Vec<T>{} : row[j + q];
-      }
-      if (i > j) {
-        dots<T>(i - j - LB, a, b, s);
-        for (int r = 0; r < LB; ++r)
-          for (int q = 0; q < LB; ++q)
-            for (int p = q + 1; p < LB; ++p)
-              s[r][q] += l[packed_row(i + r) + j + p] * ft[(j + q) * order + j + p];
-      }
-      for (int r = 0; r < LB; ++r)
-        for (int q = 0; q < (i == j ? r : LB); ++q) {
-          Vec<T> sum = s[r][q];
-          for (int p = i == j ? q + 1 : 0; p < r; ++p)
-            sum -= l[packed_row(i + r) + i + p] * s[p][q];
-          // s keeps -F, which is what the next rows subtract.
-          s[r][q] = sum;
-          ft[(j + q) * order + i + r] = -sum;
-        }
-    }
-  }
-};
+// Shares groups of kLanes matrices among threads: body(first, count).
+template <class T, class F>
+void over_groups(const Features& f, Threads threads, const F& body) {
+  constexpr int VL = kLanes<T>;
+  Executor{threads.parallel}.run(ceil_div(f.batch, VL), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i * VL, std::min<int64_t>(VL, f.batch - i * VL));
+  });
+}

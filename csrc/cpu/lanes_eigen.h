@@ -107,7 +107,8 @@ void form_q_lanes(const Vec<T>* a, int64_t k, int64_t lda, const Vec<T>* tau, Ve
   }
 }
 
-// R rows of q take the rotations (cosine, sine)[i] of the columns (i, i + 1), i = last - 1 ... first.
+// R rows of q take the rotations (cosine, sine)[i] of the columns (i, i + 1), i = last - 1 ...
+// first.
 template <class T, int R>
 inline void rotate_lanes(Vec<T>* q, int64_t ldq, const Vec<T>* cosine, const Vec<T>* sine,
                          int64_t first, int64_t last) {

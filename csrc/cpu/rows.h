@@ -163,8 +163,8 @@ T power_of_two_scale(const Rows<S, T>& rows) {
 
 // Panel [j0, j0 + NR) of Zᵀ-as-right-operand on the samples side: rows j0.. of z become columns,
 // depth runs over features [c0, c1). dst: (c1 - c0) x NR. buffer: kLanes x (c1 - c0) rounded up.
-// With `squares` (n, to whole vectors) rows stay raw, dropped ones still become zero, and the sums of
-// their squares are set at c0 = 0 and added to after.
+// With `squares` (n, to whole vectors) rows stay raw, dropped ones still become zero, and the sums
+// of their squares are set at c0 = 0 and added to after.
 template <class S, class T>
 void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squares, int64_t j0,
                   int64_t c0, int64_t c1, T* dst, T* buffer) {
