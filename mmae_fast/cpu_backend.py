@@ -1,14 +1,13 @@
-"""The compiled CPU backend: csrc/cpu for everything but the eigenvectors of large matrices.
+"""The compiled CPU backend: csrc/cpu for everything but the eigenvalues of large matrices.
 
-| quantity                 | compiled kernel          | LAPACK on the compiled Gram matrix |
-|--------------------------|--------------------------|------------------------------------|
-| Gram, alpha = 2          | every k = min(n, d)      | -                                  |
-| coding rate              | every k                  | -                                  |
-| von Neumann, other alpha | k <= COMPILED_EIGEN_MAX  | syevd                              |
-| gradient of z            | every k                  | -                                  |
+| quantity                            | compiled kernel         | LAPACK on the compiled Gram matrix |
+|-------------------------------------|-------------------------|------------------------------------|
+| Gram, coding rate, gradient of z    | every k = min(n, d)     | -                                  |
+| entropy, alpha = 2, 3, 4 ... 16     | every k                 | -                                  |
+| von Neumann, other alpha            | k <= COMPILED_EIGEN_MAX | syevd                              |
+| joint entropy (k = n)               | as the entropy          | as the entropy                     |
 
-The limit is where the two columns cross on two cores: the compiled eigensolver works on one matrix
-per thread.
+csrc/cpu/plan.h has the choice within the compiled kernels, and the limits' measurements.
 """
 
 import torch
@@ -41,21 +40,23 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
 
 
 def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
-    return torch_backend.joint_entropy_fwd(
-        z1, z2, mask, alpha, normalize, center, need_weight, gram
-    )
+    arguments = (z1, z2, mask, alpha, normalize, center, need_weight)
+    if _ops.cpu_serves_entropy(alpha, z1.shape[-2]):
+        return _ops.cpu_joint_entropy(*arguments)
+    return torch_backend.joint_entropy_fwd(*arguments, gram)
+
+
+def _product(grad, z, mask, weight, samples, normalize, center):
+    grad, weight = grad.contiguous(), weight.contiguous()
+    return _ops.cpu_weight_bwd(grad, z, mask, weight, samples, normalize, center)
 
 
 def samples_bwd(grad, z, mask, weight):
-    if z.shape[-2] > z.shape[-1]:  # the compiled product works on the smaller side
-        return torch_backend.samples_bwd(grad, z, mask, weight)
-    return weight_bwd(grad, z, mask, weight, True, False)
+    return _product(grad, z, mask, weight, True, False, False)
 
 
 def weight_bwd(grad, z, mask, weight, normalize, center):
-    grad, weight = grad.contiguous(), weight.contiguous()
-    samples = z.shape[-2] <= z.shape[-1]
-    return _ops.cpu_weight_bwd(grad, z, mask, weight, samples, normalize, center)
+    return _product(grad, z, mask, weight, z.shape[-2] <= z.shape[-1], normalize, center)
 
 
 def gram_bwd(grad, z, mask, parts, samples, normalize, center):
