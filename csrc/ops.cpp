@@ -102,6 +102,13 @@ Features describe(const Tensor& z, const std::optional<Tensor>& mask, bool norma
   return f;
 }
 
+void check_contiguous(const Tensor& x, const Tensor& z, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(
+      x.is_contiguous() && x.numel() == numel && x.scalar_type() == accumulation_type(z),
+      "mmae_fast: ", name, " must be contiguous, of z's accumulation dtype, with ", numel,
+      " entries");
+}
+
 std::vector<int64_t> batch_shape(const Tensor& z) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 2 < z.dim(); ++i) shape.push_back(z.size(i));
@@ -190,6 +197,23 @@ std::tuple<Tensor, Tensor, Tensor> joint_entropy(const Tensor& z1, const Tensor&
   return {value, weight1, weight2};
 }
 
+Tensor spectral(const Tensor& vectors, const Tensor& f) {
+  const int64_t dims = vectors.dim();
+  STD_TORCH_CHECK(dims >= 2 && vectors.size(dims - 1) == vectors.size(dims - 2),
+                  "mmae_fast: vectors must be (..., k, k)");
+  const int64_t k = vectors.size(dims - 1), batch = k ? vectors.numel() / (k * k) : 0;
+  STD_TORCH_CHECK(vectors.scalar_type() == accumulation_type(vectors),
+                  "mmae_fast: vectors must be float32 or float64");
+  check_contiguous(vectors, vectors, batch * k * k, "vectors");
+  check_contiguous(f, vectors, batch * k, "f");
+  std::vector<int64_t> shape = batch_shape(vectors);
+  shape.insert(shape.end(), 2, k);
+  Tensor out = empty_large(vectors, shape, vectors.scalar_type());
+  kernels().spectral(dtype_of(vectors), batch, k, vectors.const_data_ptr(), f.const_data_ptr(),
+                     out.mutable_data_ptr(), threads());
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Tensor>& mask,
                                         bool samples, bool normalize, bool center) {
   const Features f = describe(z, mask, normalize, center);
@@ -203,13 +227,6 @@ std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Ten
   kernels().gram(f, samples, g.mutable_data_ptr(), inverse_norm.mutable_data_ptr(),
                  mean.mutable_data_ptr(), threads());
   return {g, inverse_norm, mean};
-}
-
-void check_contiguous(const Tensor& x, const Tensor& z, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(
-      x.is_contiguous() && x.numel() == numel && x.scalar_type() == accumulation_type(z),
-      "mmae_fast: ", name, " must be contiguous, of z's accumulation dtype, with ", numel,
-      " entries");
 }
 
 Tensor grad_like(const Tensor& z, const Features& f) {
@@ -263,6 +280,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
   m.def(
       "cpu_joint_entropy(Tensor z1, Tensor z2, Tensor? mask, float alpha, bool normalize, "
       "bool center, bool need_weight) -> (Tensor value, Tensor weight1, Tensor weight2)");
+  m.def("cpu_spectral(Tensor vectors, Tensor f) -> Tensor");
   m.def(
       "cpu_gram(Tensor z, Tensor? mask, bool samples, bool normalize, bool center) -> (Tensor "
       "gram, "
@@ -282,6 +300,7 @@ STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CPU, m) {
   m.impl("cpu_coding_rate", TORCH_BOX(&coding_rate));
   m.impl("cpu_entropy", TORCH_BOX(&entropy));
   m.impl("cpu_joint_entropy", TORCH_BOX(&joint_entropy));
+  m.impl("cpu_spectral", TORCH_BOX(&spectral));
   m.impl("cpu_gram", TORCH_BOX(&gram));
   m.impl("cpu_gram_bwd", TORCH_BOX(&gram_bwd));
   m.impl("cpu_weight_bwd", TORCH_BOX(&weight_bwd));

@@ -15,7 +15,6 @@ import torch
 from . import _C, torch_backend  # noqa: F401 - importing _C registers the operators
 from .torch_backend import (  # noqa: F401 - the backend's own
     GramParts,
-    gram_entropy_fwd,
     matrix_log_bwd,
     matrix_log_fwd,
 )
@@ -29,6 +28,10 @@ def gram(z, mask, samples, normalize, center) -> GramParts:
     return GramParts(*_ops.cpu_gram(z, mask, samples, normalize, center))
 
 
+def spectral_matrix(vectors, f):
+    return _ops.cpu_spectral(vectors.mT.contiguous(), f.contiguous())
+
+
 def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
     return _ops.cpu_coding_rate(z, mask, scale, normalize, center, need_weight)
 
@@ -36,14 +39,19 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
     if _ops.cpu_serves_entropy(alpha, min(z.shape[-2:])):
         return _ops.cpu_entropy(z, mask, alpha, normalize, center, need_weight)
-    return torch_backend.matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram)
+    arguments = (z, mask, alpha, normalize, center, need_weight)
+    return torch_backend.matrix_entropy_fwd(*arguments, gram, spectral_matrix)
+
+
+def gram_entropy_fwd(g, alpha, need_weight):
+    return torch_backend.gram_entropy_fwd(g, alpha, need_weight, spectral_matrix)
 
 
 def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
     arguments = (z1, z2, mask, alpha, normalize, center, need_weight)
     if _ops.cpu_serves_entropy(alpha, z1.shape[-2]):
         return _ops.cpu_joint_entropy(*arguments)
-    return torch_backend.joint_entropy_fwd(*arguments, gram)
+    return torch_backend.joint_entropy_fwd(*arguments, gram, spectral_matrix)
 
 
 def _product(grad, z, mask, weight, samples, normalize, center):

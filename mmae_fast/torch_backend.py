@@ -131,7 +131,14 @@ def entropy_of_spectrum(lam: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     return total.squeeze(-1).log() / (1 - alpha), f
 
 
-def entropy_of_gram(g: Tensor, alpha: float, need_weight: bool) -> tuple[Tensor, Tensor | None]:
+def spectral_matrix(vectors: Tensor, f: Tensor) -> Tensor:
+    """``sum_r f_r v_r v_rᵀ``, v_r the columns of ``vectors`` (..., k, k), f (..., k)."""
+    return (vectors * f.unsqueeze(-2)) @ vectors.mT
+
+
+def entropy_of_gram(
+    g: Tensor, alpha: float, need_weight: bool, spectral=spectral_matrix
+) -> tuple[Tensor, Tensor | None]:
     """H_alpha of ``G / tr G`` and ``V = dH/dG``."""
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
     empty = trace == 0
@@ -155,7 +162,7 @@ def entropy_of_gram(g: Tensor, alpha: float, need_weight: bool) -> tuple[Tensor,
         if need_weight:
             lam, vectors = torch.linalg.eigh(g)
             h, f = entropy_of_spectrum(lam / tau.unsqueeze(-1), alpha)
-            v = (vectors * (f / tau.unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT
+            v = spectral(vectors, f / tau.unsqueeze(-1))
         else:
             h, _ = entropy_of_spectrum(torch.linalg.eigvalsh(g) / tau.unsqueeze(-1), alpha)
     h = torch.where(empty, 0, h) + poison
@@ -217,7 +224,9 @@ def in_range(z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @full_precision
-def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram=gram):
+def matrix_entropy_fwd(
+    z, mask, alpha, normalize, center, need_weight, gram=gram, spectral=spectral_matrix
+):
     samples = z.shape[-2] <= z.shape[-1]
     if not min(z.shape[-2:]):
         zero = z.new_zeros(z.shape[:-2], dtype=reference.accumulation_dtype(z.dtype))
@@ -226,7 +235,7 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram=gram
     if not normalize:
         z, factor = in_range(z, mask)
     parts = gram(z, mask, samples, normalize, center)
-    h, v = entropy_of_gram(parts.gram, alpha, need_weight)
+    h, v = entropy_of_gram(parts.gram, alpha, need_weight, spectral)
     if not need_weight:
         return h, None
     weight = fold(v, parts, z, mask, samples, normalize, center)
@@ -234,15 +243,17 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram=gram
 
 
 @full_precision
-def gram_entropy_fwd(g, alpha, need_weight):
+def gram_entropy_fwd(g, alpha, need_weight, spectral=spectral_matrix):
     """H_alpha of a ready Gram matrix ``(..., k, k)``, and V."""
     if not g.shape[-1]:
         return g.new_zeros(g.shape[:-2]), torch.zeros_like(g) if need_weight else None
-    return entropy_of_gram(g, alpha, need_weight)
+    return entropy_of_gram(g, alpha, need_weight, spectral)
 
 
 @full_precision
-def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight, gram=gram):
+def joint_entropy_fwd(
+    z1, z2, mask, alpha, normalize, center, need_weight, gram=gram, spectral=spectral_matrix
+):
     """H_alpha of K1 ⊙ K2, and the two n x n weights W' of ``samples_bwd``.
 
     With V = dH / d(K1 ⊙ K2): dH/dK1 = V ⊙ K2 and dH/dK2 = V ⊙ K1, each folded like any other V.
@@ -255,7 +266,7 @@ def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight, gram=
         views.append(z)
         factors.append(factor)
         parts.append(gram(z, mask, True, normalize, center))
-    value, v = gram_entropy_fwd(parts[0].gram * parts[1].gram, alpha, need_weight)
+    value, v = gram_entropy_fwd(parts[0].gram * parts[1].gram, alpha, need_weight, spectral)
     if not need_weight:
         return value, None, None
     weights = []

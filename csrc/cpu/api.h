@@ -46,6 +46,10 @@ struct Kernels {
   // Of K1 ⊙ K2 (n x n): two views of the same batch, rows and dtype; weights (batch, n, n).
   void (*joint_entropy)(const Features&, const Features&, double alpha, void* value, void* weight1,
                         void* weight2, Threads);
+  // sum_r f_r v_r v_rᵀ, (batch, k, k), from the eigenvectors v_r, the rows of `vectors`, and f
+  // (batch, k): for matrices whose eigenvectors a library found. float32 or float64.
+  void (*spectral)(DType, int64_t batch, int64_t k, const void* vectors, const void* f, void* out,
+                   Threads);
   // The full symmetric Gram matrix of the given side, with 1 / row norm (batch, n) and the mean
   // row (batch, d) that were applied (mean: zeros unless centred).
   void (*gram)(const Features&, bool samples, void* gram, void* inverse_norm, void* mean, Threads);

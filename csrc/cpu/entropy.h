@@ -54,21 +54,8 @@ double entropy_of_spectrum(const double* lam, int64_t k, double alpha, T* f) {
   return std::log(sum) / (1 - alpha);
 }
 
-// v = factor · sum_r f_r v_r v_rᵀ with v_r the rows of vt; full, symmetric.
-template <class T>
-void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T* v) {
-  Memory memory;
-  T* left = memory.take<T>(k * ld);
-  for (int64_t r = 0; r < k; ++r)
-    for (int64_t j = 0; j < ld; ++j) left[r * ld + j] = factor * f[r] * vt[r * ld + j];
-  for (int64_t i = 0; i < round_up(k, MR); i += MR)
-    for (int64_t j = i / kLanes<T> * kLanes<T>; j < ld; j += NR<T>)
-      tile_of_width<T, true, Write::kSet>(int(std::min<int64_t>(NV, (ld - j) / kLanes<T>)), k,
-                                          left + i, ld, vt + j, ld, v + i * ld + j, ld);
-  mirror<T, true>(v, k, ld, Executor{nullptr});
-}
-
-// out = p q for symmetric matrices that commute (zero past k): full, symmetric.
+// out = pᵀ q where that is symmetric, as for symmetric p and q that commute; full. Columns past k
+// are zero in p.
 template <class T>
 void symmetric_product(const T* p, const T* q, int64_t k, int64_t ld, T* out,
                        const Executor& executor) {
@@ -109,6 +96,22 @@ void symmetric_product(const T* p, const T* q, int64_t k, int64_t ld, T* out,
   });
   std::memset(out + rows * ld, 0, size_t((ld - rows) * ld) * sizeof(T));
   mirror<T, true>(out, k, ld, executor);
+}
+
+// v = factor · sum_r f_r v_r v_rᵀ with v_r the rows of vt; full.
+template <class T>
+void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T* v,
+                     const Executor& executor) {
+  Memory memory;
+  T* left = memory.take<T>(k * ld);
+  executor.run(k, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Vec<T> scale = splat(factor * f[r]);
+      for (int64_t j = 0; j < ld; j += kLanes<T>)
+        store(left + r * ld + j, scale * load(vt + r * ld + j));
+    }
+  });
+  symmetric_product(left, vt, k, ld, v, executor);
 }
 
 // b to a power >= 1, by squaring; the result is b or lies in `memory`.
@@ -249,7 +252,8 @@ void entropies(std::vector<EntropyTask<T>>& tasks, double alpha, bool want_v, Me
     EntropyTask<T>& task = *spectral[i];
     T* f = want_v ? memory.take<T>(task.k) : nullptr;
     task.h = entropy_of_spectrum<T>(states[i].d, task.k, alpha, f);
-    if (want_v) spectral_matrix(states[i].vt, f, T(1 / task.tau), task.k, task.ld, task.v);
+    if (want_v)
+      spectral_matrix(states[i].vt, f, T(1 / task.tau), task.k, task.ld, task.v, executor);
   }
 }
 

@@ -117,6 +117,31 @@ void joint_entropy(const Features& f1, const Features& f2, double alpha, void* v
   });
 }
 
+void spectral(DType dtype, int64_t batch, int64_t k, const void* vectors, const void* f, void* out,
+              Threads threads) {
+  const auto run = [&](auto t) {
+    using T = decltype(t);
+    const int64_t ld = padded<T>(k);
+    for (int64_t index = 0; index < batch; ++index) {
+      Memory memory;
+      T *vt = memory.take<T>(ld * ld), *v = memory.take<T>(ld * ld);
+      for (int64_t r = 0; r < k; ++r) {
+        std::memcpy(vt + r * ld, static_cast<const T*>(vectors) + (index * k + r) * k,
+                    size_t(k) * sizeof(T));
+        std::fill(vt + r * ld + k, vt + (r + 1) * ld, T(0));
+      }
+      spectral_matrix(vt, static_cast<const T*>(f) + index * k, T(1), k, ld, v,
+                      Executor{threads.parallel});
+      for (int64_t r = 0; r < k; ++r)
+        std::memcpy(static_cast<T*>(out) + (index * k + r) * k, v + r * ld, size_t(k) * sizeof(T));
+    }
+  };
+  if (dtype == DType::kFloat64)
+    run(double{});
+  else
+    run(float{});
+}
+
 void gram(const Features& f, bool samples, void* out, void* inverse_norm, void* mean,
           Threads threads) {
   dispatch(f.dtype, [&](auto s, auto t) {
@@ -174,7 +199,8 @@ void gram_bwd(const Features& f, bool samples, const void* grad, const void* gra
 const Kernels& MMAE_CONCAT(kernels_, MMAE_ISA)() {
   static const Kernels table{MMAE_ISA_NAME,         MMAE_ISA::kMaxEigen, MMAE_ISA::serves_entropy,
                              MMAE_ISA::coding_rate, MMAE_ISA::entropy,   MMAE_ISA::joint_entropy,
-                             MMAE_ISA::gram,        MMAE_ISA::gram_bwd,  MMAE_ISA::weight_bwd};
+                             MMAE_ISA::spectral,    MMAE_ISA::gram,      MMAE_ISA::gram_bwd,
+                             MMAE_ISA::weight_bwd};
   return table;
 }
 
