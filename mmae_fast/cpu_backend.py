@@ -1,11 +1,11 @@
 """The compiled CPU backend: csrc/cpu for everything but the eigenvalues of large matrices.
 
-| quantity                            | compiled kernel         | LAPACK on the compiled Gram matrix |
-|-------------------------------------|-------------------------|------------------------------------|
-| Gram, coding rate, gradient of z    | every k = min(n, d)     | -                                  |
-| entropy, alpha = 2, 3, 4 ... 16     | every k                 | -                                  |
-| von Neumann, other alpha            | k <= COMPILED_EIGEN_MAX | syevd                              |
-| joint entropy (k = n)               | as the entropy          | as the entropy                     |
+| quantity                         | compiled kernel         | compiled Gram matrix, then LAPACK |
+|----------------------------------|-------------------------|-----------------------------------|
+| Gram, coding rate, gradient of z | every k = min(n, d)     | -                                 |
+| entropy, alpha = 2, 3, 4 ... 16  | every k                 | -                                 |
+| von Neumann, other alpha         | k <= COMPILED_EIGEN_MAX | syevd                             |
+| joint entropy (k = n)            | as the entropy          | as the entropy                    |
 
 csrc/cpu/plan.h has the choice within the compiled kernels, and the limits' measurements.
 """
