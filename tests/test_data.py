@@ -221,7 +221,7 @@ def test_folder_errors(tmp_path):
 
 
 def test_sources_that_do_not_exist_or_fit(tmp_path):
-    with pytest.raises(UserError, match="no images at 'cifar': neither .*, cifar10, .* nor"):
+    with pytest.raises(UserError, match=r"no images at 'cifar': neither .*, cifar10, .* nor"):
         load_data(DataConfig(train="cifar"))
     with pytest.raises(UserError, match="neither a folder nor a packed"):
         (tmp_path / "x.txt").touch()
