@@ -14,7 +14,12 @@ per thread.
 import torch
 
 from . import _C, torch_backend  # noqa: F401 - importing _C registers the operators
-from .torch_backend import GramParts
+from .torch_backend import (  # noqa: F401 - the backend's own
+    GramParts,
+    gram_entropy_fwd,
+    matrix_log_bwd,
+    matrix_log_fwd,
+)
 
 COMPILED_EIGEN_MAX = torch.ops.mmae_fast.cpu_max_eigen()
 
@@ -33,6 +38,18 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
     if alpha == 2 or min(z.shape[-2:]) <= COMPILED_EIGEN_MAX:
         return _ops.cpu_entropy(z, mask, alpha, normalize, center, need_weight)
     return torch_backend.matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram)
+
+
+def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
+    return torch_backend.joint_entropy_fwd(
+        z1, z2, mask, alpha, normalize, center, need_weight, gram
+    )
+
+
+def samples_bwd(grad, z, mask, weight):
+    if z.shape[-2] > z.shape[-1]:  # the compiled product works on the smaller side
+        return torch_backend.samples_bwd(grad, z, mask, weight)
+    return weight_bwd(grad, z, mask, weight, True, False)
 
 
 def weight_bwd(grad, z, mask, weight, normalize, center):

@@ -32,8 +32,10 @@ def test_public_names():
         "fast_coding_rate",
         "fast_gram",
         "fast_matrix_entropy",
+        "information",
     }
-    assert all(callable(getattr(mmae_fast, each)) for each in mmae_fast.__all__)
+    functions = set(mmae_fast.__all__) - {"information"}
+    assert all(callable(getattr(mmae_fast, each)) for each in functions)
 
 
 CALLS = {
