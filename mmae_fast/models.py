@@ -255,7 +255,7 @@ class TwoBranch(nn.Module):
     Args:
         backbone: module with ``forward_features(images) -> (B, D)`` and ``num_features`` = D.
         hidden, dim: width of the projector's two hidden layers and of its output. Linear,
-            BatchNorm, ReLU, twice, then linear, as in [2].
+            BatchNorm, ReLU, twice, then linear and BatchNorm without weights, as in [2].
     """
 
     def __init__(self, backbone: VisionTransformer | ResNet, hidden: int, dim: int) -> None:
@@ -269,6 +269,7 @@ class TwoBranch(nn.Module):
             nn.BatchNorm1d(hidden),
             nn.ReLU(),
             nn.Linear(hidden, dim, bias=False),
+            nn.BatchNorm1d(dim, affine=False),
         )
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
