@@ -103,8 +103,7 @@ PRESETS = {
     "small": Preset(
         "Two cores",
         dict.fromkeys(TWO_BRANCH, 1) | dict.fromkeys(MASKED, 3),
-        dict.fromkeys(TWO_BRANCH, SMALL_TWO_BRANCH)
-        | dict.fromkeys(MASKED, SMALL),
+        dict.fromkeys(TWO_BRANCH, SMALL_TWO_BRANCH) | dict.fromkeys(MASKED, SMALL),
         "two CPU cores",
     ),
     "gpu": Preset(
