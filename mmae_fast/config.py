@@ -191,7 +191,7 @@ class AnalyzeConfig:
     """Images to look at, as in pretrain --data.train; their test part where there is one."""
     img_size: int | None = None
     """Side in pixels of the images of a folder. Default: that of the model."""
-    count: int = 512
+    count: int = 256
     """How many images, or rows of a file of features."""
     weights: Path | None = None
     """Local weights of a timm model (.safetensors, .pth)."""

@@ -47,6 +47,8 @@ class VisionTransformer(nn.Module):
     Raises: ValueError: sizes that do not fit, with the values received.
     """
 
+    num_prefix_tokens = 1  # the class token, before the patches
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

@@ -23,15 +23,18 @@ PANELS = (
 LAYER_COLUMNS = (
     ("entropy_1", "H₁"),
     ("entropy_2", "H₂"),
-    ("effective_rank", "eff. rank"),
+    ("effective_rank", "eff.\nrank"),
     ("rankme", "RankMe"),
     ("slope", "slope"),
-    ("views_mutual_information_1", "MI views α=1"),
-    ("views_mutual_information_2", "MI views α=2"),
-    ("next_mutual_information_1", "MI next α=1"),
-    ("token_entropy_1_mean", "tokens H₁"),
-    ("token_entropy_1_std", "± std"),
+    ("views_mutual_information_1", "MI views\nα = 1"),
+    ("views_mutual_information_2", "MI views\nα = 2"),
+    ("next_mutual_information_1", "MI next\nα = 1"),
+    ("token_entropy_1_mean", "tokens\nH₁"),
+    ("token_entropy_1_std", "tokens\nstd"),
 )
+
+
+CYCLE = ("#1f6fb2", "#d9822b", "#3a8f5c", "#9b4f96", "#c0504d", "#6b7785", "#1b8a8f", "#8a6d3b")
 
 
 @dataclass(frozen=True)
@@ -70,32 +73,19 @@ def _information_line(axis: Axes, curve: Curve, key: str) -> None:
             axis.plot(*zip(*points, strict=True), style, color=curve.colour, label=label)
 
 
-def draw_layers(path: Path, title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Heat map: a row for each layer, a column for each measure, shaded within its column."""
-    columns = [
-        (key, name)
-        for key, name in LAYER_COLUMNS
-        if any(math.isfinite(row.get(key, math.nan)) for row in rows.values())
-    ]
-    shades = []
-    for row in rows.values():
-        shades.append([])
-        for key, _ in columns:
-            column = [r[key] for r in rows.values() if math.isfinite(r.get(key, math.nan))]
-            low, high = min(column), max(column)
-            value = row.get(key, math.nan)
-            shades[-1].append((value - low) / (high - low) if high > low else value * 0 + 0.5)
+def draw_table(
+    path: Path, title: str, rows: dict[str, dict[str, Any]], columns: list[tuple[str, str]]
+) -> None:
+    """Heat map: a row for each layer, a column (key, heading) for each measure."""
+    cells = [[row.get(key, math.nan) for key, _ in columns] for row in rows.values()]
+    shades = zip(*(_shades(column) for column in zip(*cells, strict=True)), strict=True)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(
-            figsize=(2.2 + 1.05 * len(columns), 1.1 + 0.34 * len(rows)),
-            dpi=150,
-            layout="constrained",
-        )
+        size = (2.2 + 1.05 * len(columns), 1.1 + 0.34 * len(rows))
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
         axis = figure.subplots()
-        axis.imshow(shades, aspect="auto", cmap="Blues", vmin=-0.15, vmax=1.25)
-        for y, row in enumerate(rows.values()):
-            for x, (key, _) in enumerate(columns):
-                value = row.get(key, math.nan)
+        axis.imshow(list(shades), aspect="auto", cmap="Blues", vmin=-0.15, vmax=1.8)
+        for y, row in enumerate(cells):
+            for x, value in enumerate(row):
                 text = f"{value:.3g}" if math.isfinite(value) else "–"
                 axis.text(x, y, text, ha="center", va="center", fontsize=8.5, color="#20262d")
         axis.set_xticks(range(len(columns)), [name for _, name in columns], fontsize=8.5)
@@ -103,6 +93,14 @@ def draw_layers(path: Path, title: str, rows: dict[str, dict[str, Any]]) -> None
         axis.tick_params(length=0)
         axis.set_title(f"{title} (shaded within each column)", fontsize=10)
         _save(figure, path)
+
+
+def _shades(column: tuple[float, ...]) -> list[float]:
+    """A column on a scale from 0 to 1; NaN stays NaN."""
+    known = [value for value in column if math.isfinite(value)]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    scale = 1 / (high - low) if high > low else 0.0
+    return [0.5 + (value - (low + high) / 2) * scale for value in column]
 
 
 def draw_spectra(path: Path, title: str, rows: dict[str, dict[str, Any]]) -> None:
