@@ -1,6 +1,7 @@
 """Measures against their definitions; layers of our checkpoints, of timm and of files; errors."""
 
 import dataclasses
+import io
 import json
 import math
 
@@ -130,9 +131,8 @@ def test_captured_layers_are_the_outputs_of_the_blocks():
     with torch.no_grad():
         for pool in ("cls", "mean"):
             torch.testing.assert_close(layers[-1].pools[pool], model.forward_features(images, pool))
-        tokens = model.blocks[0](
-            torch.cat([model.cls_token.expand(70, -1, -1), model._embed(images)], 1)
-        )
+        x = torch.cat([model.cls_token.expand(70, -1, -1), model._embed(images)], 1)
+        tokens = model.blocks[0](x)
         torch.testing.assert_close(layers[0].pools["cls"], tokens[:, 0])
         for alpha in (1, 2):
             truth = reference.matrix_entropy(tokens[:, 1:].double(), alpha)
@@ -189,10 +189,9 @@ def runs(tmp_path_factory):
 
 
 def analyse(tmp_path, *sources, **options):
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))
-    path = run_analysis(
-        AnalyzeConfig(sources, out=tmp_path / "out", device="cpu", **options), console
-    )
+    console = Console(record=True, width=100, file=io.StringIO())
+    config = AnalyzeConfig(sources, out=tmp_path / "out", device="cpu", **options)
+    path = run_analysis(config, console)
     content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
     return content["sources"], console.export_text(), path.parent
 
