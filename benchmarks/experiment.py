@@ -78,8 +78,8 @@ SMALL = PretrainConfig(
     batch_size=256,
     base_lr=2e-3,
     min_crop=0.3,
-    log_every=97,  # half an epoch
-    monitor_every=97,
+    log_every=117,  # a tenth of the training
+    monitor_every=117,
     save_every=1,
 )
 # A step on two whole views costs as much as four on visible patches: fewer epochs, finer curves.

@@ -158,8 +158,8 @@ def layer_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     """The measures of each layer, for the terminal; entropies and information in nats."""
     table = Table(
         title=title,
-        caption="nats, but for ranks and slope; MI: mutual information of two views, of this layer "
-        "and the next; tokens: H₁ of an image's tokens, mean ± deviation over images",
+        caption="nats, but for ranks and slope; views, next: mutual information of two views, of "
+        "this layer and the next; tokens: H₁ of an image's tokens, mean ± deviation over images",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
@@ -197,7 +197,12 @@ def show_runs(runs: dict[str, Path], config: AnalyzeConfig, console: Console) ->
         for part in ("projector", "backbone")
         if any(f"{part}_entropy_1" in records[0] for records in found.values())
     )
-    table = Table(title="First and last measurement", caption="in nats, but for the rank")
+    table = Table(
+        title="First and last measurement",
+        caption="nats, but for the rank; MI: mutual information of two views",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
     for heading in ("run", "features", "MI α=1", "MI α=2", "joint H₁", "joint H₂", "eff. rank"):
         table.add_column(heading, justify="left" if heading in ("run", "features") else "right")
     names = [f"mutual_information_{a}" for a in ORDERS] + [f"joint_entropy_{a}" for a in ORDERS]
@@ -206,7 +211,7 @@ def show_runs(runs: dict[str, Path], config: AnalyzeConfig, console: Console) ->
             if f"{part}_entropy_1" not in records[0]:
                 continue
             keys = [f"{part}_{name}" for name in [*names, "effective_rank"]]
-            cells = [f"{records[0][key]:.2f} → {records[-1][key]:.2f}" for key in keys]
+            cells = [f"{records[0][key]:.2f}→{records[-1][key]:.2f}" for key in keys]
             table.add_row(Path(source).name, part, *cells)
     console.print(table)
     curves = [

@@ -33,8 +33,8 @@ from mmae_fast.evaluate import (
     linear_probe,
     raw_pixels,
     reconstructions,
-    spectrum,
 )
+from mmae_fast.measures import spectrum
 from mmae_fast.progress import Board, Task
 from mmae_fast.report import COLUMNS, format_cell, save_reconstructions, summarise, write_report
 from mmae_fast.runs import read_metrics, versions

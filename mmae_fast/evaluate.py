@@ -1,4 +1,4 @@
-"""What frozen features are worth: linear probe, nearest neighbours, spectrum, reconstructions."""
+"""What frozen features are worth: linear probe, nearest neighbours, reconstructions."""
 
 from __future__ import annotations
 
@@ -96,12 +96,6 @@ def knn(features: Features, k: int = 20, temperature: float = 0.07) -> tuple[flo
         votes.scatter_add_(1, features.train_labels[index], (similarity / temperature).exp())
         correct += (votes.argmax(dim=1) == labels).sum().item()
     return correct / len(test), KNN_PROTOCOL.format(k=k, temperature=temperature)
-
-
-def spectrum(features: Tensor) -> Tensor:
-    """Eigenvalues of ``ρ = ẐᵀẐ / n``, largest first; Ẑ ``(n, d)`` scaled to unit rows. Sum: 1."""
-    z = F.normalize(features.double(), dim=1)
-    return torch.linalg.eigvalsh(z.T @ z / len(z)).flip(0).clamp(min=0)
 
 
 def raw_pixels(train: ImageData, test: ImageData, max_train: int | None = None) -> Features:

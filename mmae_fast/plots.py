@@ -15,20 +15,21 @@ from mmae_fast.report import STYLE
 
 # Key in metrics.jsonl after ``backbone_`` or ``projector_``; title; axis.
 PANELS = (
-    ("mutual_information", "Mutual information of two views", "nats"),
-    ("joint_entropy", "Joint entropy of two views", "nats"),
+    ("mutual_information", "Mutual information", "nats"),
+    ("joint_entropy", "Joint entropy", "nats"),
     ("effective_rank", "Effective rank", "exp(H₁)"),
 )
-# Key of a layer's measures, and its name in the table and the heat map.
+# Key of a layer's measures, and its name in the table and the heat map; "views" and "next" are the
+# mutual information of two views, and of this layer and the next.
 LAYER_COLUMNS = (
     ("entropy_1", "H₁"),
     ("entropy_2", "H₂"),
     ("effective_rank", "eff.\nrank"),
     ("rankme", "RankMe"),
     ("slope", "slope"),
-    ("views_mutual_information_1", "MI views\nα = 1"),
-    ("views_mutual_information_2", "MI views\nα = 2"),
-    ("next_mutual_information_1", "MI next\nα = 1"),
+    ("views_mutual_information_1", "views\nα = 1"),
+    ("views_mutual_information_2", "views\nα = 2"),
+    ("next_mutual_information_1", "next\nα = 1"),
     ("token_entropy_1_mean", "tokens\nH₁"),
     ("token_entropy_1_std", "tokens\nstd"),
 )
@@ -52,7 +53,7 @@ def draw_information(path: Path, curves: list[Curve], parts: tuple[str, ...]) ->
     One row for each of ``parts``: "projector", "backbone". Full lines α = 1, dotted lines α = 2.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 0.3 + 3.2 * len(parts)), dpi=150, layout="constrained")
+        figure = Figure(figsize=(12, 0.9 + 3 * len(parts)), dpi=150, layout="constrained")
         rows = figure.subplots(len(parts), len(PANELS), squeeze=False)
         for part, row in zip(parts, rows, strict=True):
             for axis, (key, title, unit) in zip(row, PANELS, strict=True):
@@ -60,7 +61,21 @@ def draw_information(path: Path, curves: list[Curve], parts: tuple[str, ...]) ->
                     _information_line(axis, curve, f"{part}_{key}")
                 axis.set(title=f"{title}, {part}", ylabel=unit, xlabel="epoch")
                 axis.set_xlim(left=0)
-        rows[0][0].legend(title="α = 1 full, α = 2 dotted", title_fontsize=9)
+        labelled = {
+            line.get_label(): line
+            for axis in rows.flat
+            for line in axis.get_lines()
+            if not line.get_label().startswith("_")
+        }
+        figure.legend(
+            labelled.values(),
+            labelled.keys(),
+            loc="outside upper left",
+            ncols=len(labelled),
+            title="two views; α = 1 full lines, α = 2 dotted",
+            title_fontsize=9,
+            alignment="left",
+        )
         _save(figure, path)
 
 
@@ -91,7 +106,7 @@ def draw_table(
         axis.set_xticks(range(len(columns)), [name for _, name in columns], fontsize=8.5)
         axis.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
         axis.tick_params(length=0)
-        axis.set_title(f"{title} (shaded within each column)", fontsize=10)
+        axis.set_title(f"{title} (shaded within each column)", fontsize=10, loc="left")
         _save(figure, path)
 
 
