@@ -43,7 +43,6 @@ from mmae_fast.demo import PROBE_STEPS, PROBE_TRAIN, classify, run_one
 from mmae_fast.evaluate import raw_pixels
 from mmae_fast.progress import Board
 from mmae_fast.runs import read_metrics, versions
-from mmae_fast.train import Interrupted
 
 from .experiment_page import MASKED, TWO_BRANCH, draw, table, write_page
 
@@ -132,8 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"experiment: error: {error}", file=sys.stderr)
         return 1
-    except Interrupted as interrupt:
-        print(f"\nexperiment: {interrupt}\nThe same command again goes on.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "interrupted"
+        print(f"\nexperiment: {said}\nThe same command again goes on.", file=sys.stderr)
         return 130
     return 0
 
@@ -143,6 +143,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     preset = quick(PRESETS[options.preset]) if options.quick else PRESETS[options.preset]
     source, origin = data_source(options.data)
     train, test = load_data(source)
+    if options.quick:
+        train, test = shorten(train, 512), shorten(test, 256)
     device = pick_device(options.device)
     if device.type == "cuda":  # all images fit; batches are then cut where they are used
         train, test = (dataclasses.replace(d, images=d.images.to(device)) for d in (train, test))
@@ -193,7 +195,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
     draw(options.out, options.preset, results)
     page = write_page(options.out, {name: (p.title, p.hardware) for name, p in PRESETS.items()})
-    console.print("\n".join([*table(content), ""]))
+    console.print("\n".join([*table(content), ""]), soft_wrap=True)
     console.print(f"Results: {path}. Page: {page}")
 
 
@@ -212,6 +214,10 @@ def data_source(given: str) -> tuple[DataConfig, str]:
         raise UserError(f"no {' and no '.join(missing)}; --data download fetches CIFAR-10 instead")
     origin = "CIFAR-10, packed JPEGs (quality about 75)"
     return DataConfig(train=str(paths[0]), test=str(paths[1])), origin
+
+
+def shorten(part: ImageData, count: int) -> ImageData:
+    return dataclasses.replace(part, images=part.images[:count], labels=part.labels[:count])
 
 
 def on_cpu(*parts: ImageData) -> list[ImageData]:

@@ -109,12 +109,15 @@ def findings(content: dict[str, Any]) -> list[str]:
                 for a, b in zip(groups["mae"], groups[other], strict=True)
             ]
             mean = statistics.fmean(gaps)
-            spread = f" ± {statistics.stdev(gaps):.2f}" if len(gaps) > 1 else ""
+            spread, about = "", "one seed"
+            if len(gaps) > 1:
+                spread = f" ± {statistics.stdev(gaps):.2f}"
+                about = f"mean ± standard deviation of {len(gaps)} seeds"
             rank = statistics.fmean(r["effective_rank"] for r in groups[other])
             base = statistics.fmean(r["effective_rank"] for r in groups["mae"])
             said.append(
                 f"{METHODS[other][1]} against MAE, seed by seed: linear probe {mean:+.2f}{spread} "
-                f"points (mean ± standard deviation of {len(gaps)}); effective rank {rank:.1f} "
+                f"points ({about}); effective rank {rank:.1f} "
                 f"against {base:.1f}."
             )
     best = max(statistics.fmean(r["linear_probe"] for r in runs) for runs in groups.values())
@@ -146,7 +149,8 @@ def section(out: Path, name: str, title: str, hardware: str) -> list[str]:
         *table(content),
         "",
         f"MI and joint entropy: of the encoder's features of two views of {MONITORED} held-out "
-        "images at the end, in nats. Monitoring: its measured share of the training time. "
+        "images at the end, in nats; rows normalised, not centred. Monitoring: its measured share "
+        "of the training time. "
         f"± is the standard deviation over seeds. {content['protocol']}.",
         "",
         *(f"- {sentence}" for sentence in findings(content)),

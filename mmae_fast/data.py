@@ -77,7 +77,7 @@ class ImageData:
         levels = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
         for channel in self.images.unbind(1):
-            share = torch.bincount(channel.flatten(), minlength=256).double()
+            share = torch.bincount(channel.flatten(), minlength=256).cpu().double()
             share /= share.sum()
             mean.append(float(share @ levels))
             std.append(max(float((share @ levels**2 - mean[-1] ** 2).clamp(min=0).sqrt()), 1 / 255))
