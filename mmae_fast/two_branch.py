@@ -170,10 +170,11 @@ def coding_rate_reduction(
         return x.new_zeros(batch)
     whole = fast_coding_rate(x, d / (n * eps2), normalize=False, backend=backend)
     index, kept, counts = _by_class(labels.reshape(-1, n))
+    counts = counts.to(x.dtype)
     scale = d / (counts.clamp(min=1) * eps2)
-    parts = x.reshape(-1, d)[index] * scale.sqrt().to(x.dtype)[..., None, None]
+    parts = x.reshape(-1, d)[index] * scale.sqrt()[..., None, None]
     rates = fast_coding_rate(parts, 1.0, normalize=False, mask=kept, backend=backend)
-    return (whole - ((counts / n).to(rates.dtype) * rates).sum(-1).reshape(batch)) / 2
+    return (whole - (counts / n * rates).sum(-1).reshape(batch)) / 2
 
 
 def emp_ssl_tcr(z: Tensor, eps2: float = 0.2, *, backend: str = "auto") -> Tensor:
