@@ -225,14 +225,18 @@ void fill_nan(T* p, int64_t n) {
   std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
 }
 
-// a = factor · g: the upper triangle; zero in all rows past k.
+// a = factor · g: the upper triangle; zero in all rows and columns past k. (Where a vector is shorter
+// than a register tile, g has columns past k that nobody wrote.)
 template <class T>
 void scaled(const T* g, T factor, int64_t k, int64_t ldg, T* a, const Executor& executor) {
   constexpr int VL = kLanes<T>;
+  const int64_t width = round_up(k, VL);
   executor.run(k, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = i / VL * VL; j < ldg; j += VL)
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = i / VL * VL; j < width; j += VL)
         store(a + i * ldg + j, load(g + i * ldg + j) * splat(factor));
+      for (int64_t j = width; j < ldg; ++j) a[i * ldg + j] = 0;
+    }
   });
   std::memset(a + k * ldg, 0, size_t((ldg - k) * ldg) * sizeof(T));
 }
