@@ -131,7 +131,8 @@ def floors(q: Quantity, z: Tensor, value: Tensor, rows: dict) -> tuple[Tensor, T
     |-------------------------|-----------------------------------------------------------------|
     | coding rate             | eps (4 |value| + 2 k)                          + |dh|_2         |
     | entropy                 | eps (4 |value| + 4 sqrt k + 4 |a / (1 - a)|)   + |dh|_2         |
-    | Gram entry              | 4 eps max |v|², v the rows or columns multiplied, not centred    |
+    | Gram entry              | 4 eps max |v|², v the rows or columns multiplied, not centred   |
+    | ... of float64          | max(4, m / 4) eps max |v|², m the entries of v                  |
     | gradient, value         | 2 s / tau (4 eps max |f| (sqrt(k) |x|_2 + r)    + max |df| sigma) |
     | gradient, Gram matrix   | 8 s eps r sqrt(rows summed) max |cotangent|                     |
     | ... of a 16-bit z       | + eps(16-bit) max |gradient| + its smallest subnormal           |
@@ -144,9 +145,12 @@ def floors(q: Quantity, z: Tensor, value: Tensor, rows: dict) -> tuple[Tensor, T
     of the rows that went in). Weyl moves no eigenvalue by more, and dh, df are the changes of h, f.
     They matter where f is steep: at zero eigenvalues for alpha <= 1 (noise enters as noise^alpha),
     at small ones of log det(I + cG) with c lam_max >> 1, at a small gap for alpha = inf.
-    The float64 truth is itself computed, by the same rounding: what covers one covers both.
+    The float64 truth is itself computed, by the same rounding: what covers one covers both. There
+    eager is the truth and allows nothing, so that the length of the sums in a Gram entry has to be
+    counted: m equal products may round the same way, by half an eps of a sum that grows to |v|².
     """
-    eps = torch.finfo(reference.accumulation_dtype(z.dtype)).eps
+    dtype = reference.accumulation_dtype(z.dtype)
+    eps = torch.finfo(dtype).eps
     z = z.detach().double()
     n, k = z.shape[-2], min(z.shape[-2:])
     x = reference.prepare(z, **rows)
@@ -160,7 +164,8 @@ def floors(q: Quantity, z: Tensor, value: Tensor, rows: dict) -> tuple[Tensor, T
         dim = -1 if q.parameter == "samples" else -2
         vectors = largest(torch.linalg.vector_norm(uncentred, dim=dim), 1)
         summed = math.sqrt(max(z.shape[-2 if dim == -1 else -1], 1))
-        return 4 * eps * vectors**2, 8 * eps * longest * slope * summed
+        roundings = max(4, z.shape[dim] / 4) if dtype == torch.float64 else 4
+        return roundings * eps * vectors**2, 8 * eps * longest * slope * summed
     sigma = torch.linalg.svdvals(x)  # resolves what eigenvalues of G lose below eps lam_max
     lam = sigma.square()
     tau = torch.ones_like(longest)
@@ -280,14 +285,35 @@ def features(kind: str, *shape: int, dtype=torch.float32, seed: int = 0) -> Tens
     return z.to(dtype).contiguous()
 
 
+def poison_scratch(size: int) -> None:
+    """Leaves NaN in the memory that the compiled kernels keep between calls."""
+    for dtype in (torch.float32, torch.float64):
+        fast_gram(torch.full((size, size), math.nan, dtype=dtype), backend="cpu")
+
+
 def compact() -> None:
-    """The rule on a few cases that reach every compiled loop: one call per quantity and side."""
-    for i, (n, d) in enumerate([(1, 5), (7, 9), (17, 8), (33, 49), (65, 31), (50, 200)]):
+    """The rule on a few cases that reach every compiled loop, on both sides of k = min(n, d)."""
+    spectral = [coding_rate(1.0), *map(entropy, (1.0, 2.0, 3.0, math.inf))]
+    quantities = [*spectral, gram("samples"), gram("features")]
+    few = [(3, 1, 5), (3, 17, 8), (2, 33, 49), (3, 65, 31), (2, 50, 200), (3, 64, 64)]
+    many = [(40, 5, 9), (17, 31, 12), (33, 8, 8), (20, 14, 48), (19, 48, 30), (18, 64, 70)]
+    large = [(2, 197, 220), (2, 220, 197), (1, 300, 320), (1, 320, 300)]
+    options = [{}, {"center": True}, {"normalize": False}, {"normalize": False, "center": True}]
+    for i, shape in enumerate([*few, *many, *large]):
         for j, dtype in enumerate(DTYPES):
-            z = features("gaussian", 3, n, d, dtype=dtype)
-            rows = [{}, {"center": True}, {"normalize": False}][(i + j) % 3]
-            quantities = [coding_rate(1.0), *map(entropy, (1.0, 2.0, 3.0, math.inf))]
-            for q in [*quantities, gram("samples"), gram("features")]:
+            z = features("gaussian", *shape, dtype=dtype)
+            rows = dict(options[(i + j) % 4])
+            if (i + j // 2) % 2:
+                rows["mask"] = torch.arange(shape[1]).expand(shape[:2]) % 5 != 2
+            if (i + j) % 3 == 1:
+                z = z.mT.contiguous().mT
+            elif (i + j) % 3 == 2:
+                z = torch.stack([z, z], -1).flatten(-2)[..., ::2]
+            turns = quantities
+            if shape in large:  # slow, above all their truth: every quantity with two dtypes
+                turns = [q for at, q in enumerate(quantities) if (at + i + j) % 2]
+            for q in turns:
+                poison_scratch(max(shape[1:]))
                 check(q, z, backends=("cpu",), **rows)
 
 

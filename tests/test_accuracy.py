@@ -138,6 +138,13 @@ def test_large_centred_and_masked(shape, q):
     check(q, z, need_grad=q != entropy(0.5), center=True, mask=mask)
 
 
+@pytest.mark.parametrize("q", [coding_rate(1.0), entropy(1.0), entropy(2.0)], ids=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_centring_of_many_nearly_equal_rows(q, dtype):
+    """Their sum grows to 1e5 times a row: rounded to float32 at every step it loses the spread."""
+    check(q, features("collapsed", 100_000, 5, dtype=dtype), center=True)
+
+
 KINDS = ["collapsed", "rank1", "rank3", "duplicates", "zero rows", "zeros"]
 KINDS += ["decaying", "orthonormal"]
 

@@ -127,17 +127,24 @@ int64_t prepare(const Rows<S, T>& rows, T common_scale, T* scale, T* mean,
   for (int64_t i = 0; i < rows.n; ++i) kept += rows.kept(i);
   if (!rows.center || kept == 0) return kept;
   // Shared by columns, so that the order of summation does not depend on the number of threads.
-  constexpr int64_t kColumns = 256;
+  // Short runs in T, added up in float64: a long sum of nearly equal rows would round one way.
+  constexpr int64_t kColumns = 256, kRun = 8;
   executor.run(ceil_div(rows.d, kColumns), 1, [&](int64_t begin, int64_t end) {
     Memory memory;
     T* buffer = memory.take<T>(rows.d);
     const int64_t c0 = begin * kColumns, c1 = std::min(end * kColumns, rows.d);
+    double* total = memory.take<double>(c1 - c0);
+    std::fill(total, total + (c1 - c0), 0.0);
+    int64_t run = 0;
     for (int64_t i = 0; i < rows.n; ++i) {
       if (!rows.kept(i)) continue;
       const T* x = rows.fetch(i, c0, c1, buffer);
       for (int64_t j = c0; j < c1; ++j) mean[j] += scale[i] * x[j - c0];
+      if (++run % kRun != 0 && run != kept) continue;
+      for (int64_t j = c0; j < c1; ++j) total[j - c0] += mean[j];
+      std::memset(mean + c0, 0, size_t(c1 - c0) * sizeof(T));
     }
-    for (int64_t j = c0; j < c1; ++j) mean[j] /= T(kept);
+    for (int64_t j = c0; j < c1; ++j) mean[j] = T(total[j - c0] / double(kept));
   });
   return kept;
 }
