@@ -28,6 +28,7 @@ def name(q):
 
 def test_public_names():
     assert set(mmae_fast.__all__) == {
+        "EntropyMonitor",
         "effective_rank",
         "fast_coding_rate",
         "fast_gram",
