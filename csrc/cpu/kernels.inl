@@ -225,8 +225,8 @@ void fill_nan(T* p, int64_t n) {
   std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
 }
 
-// a = factor · g: the upper triangle; zero in all rows and columns past k. (Where a vector is shorter
-// than a register tile, g has columns past k that nobody wrote.)
+// a = factor · g: the upper triangle; zero in all rows and columns past k. (Where a vector is
+// shorter than a register tile, g has columns past k that nobody wrote.)
 template <class T>
 void scaled(const T* g, T factor, int64_t k, int64_t ldg, T* a, const Executor& executor) {
   constexpr int VL = kLanes<T>;
