@@ -1,14 +1,17 @@
 # make demo | test | lint | bench | gpu | experiment-small | experiment-gpu | abi-check | clean
 #                                                                 (README.md explains each)
+# make fuzz | sanitize | arm64-check                         (CONTRIBUTING.md says when to run them)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-CXX_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp \
+  tests/cpu_threads/*)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench gpu experiment-small experiment-gpu abi-check clean data
+.PHONY: demo test lint bench gpu experiment-small experiment-gpu abi-check fuzz sanitize
+.PHONY: arm64-check clean data
 
 # The environment, and the extension in it; rebuilt when a C++ source changes.
 # torch and torchvision come in one command: their builds must match.
@@ -76,6 +79,26 @@ abi-check: $(VENV)/.installed
 	  $$env/bin/pytest -q $(OP_TESTS) || exit 1; \
 	done
 OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,reference ops accuracy autograd dispatch))
+
+# Random calls of the CPU backend against everything that is promised: FUZZ of them, other ones each time.
+FUZZ ?= 20000
+fuzz: $(VENV)/.installed
+	MMAE_FAST_FUZZ_CASES=$(FUZZ) $(BIN)/python -m pytest -q tests/test_fuzz.py
+
+# The CPU kernels under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer (Linux, g++).
+sanitize: $(VENV)/.installed
+	$(BIN)/python tests/sanitize.py
+
+# The kernels as arm64 machine code (NEON), alone, in an emulator of that processor.
+ARM64_CXX ?= aarch64-linux-gnu-g++
+ARM64_RUN ?= qemu-aarch64
+arm64-check:
+	@for tool in $(ARM64_CXX) $(ARM64_RUN); do command -v $$tool >/dev/null || { \
+	  echo "skipped: no $$tool here (Debian packages g++-aarch64-linux-gnu and qemu-user)"; exit 0; }; done; \
+	mkdir -p build/arm64 && set -x && \
+	$(ARM64_CXX) -std=c++17 -O3 -fno-math-errno -fno-trapping-math -Wno-psabi -static -pthread -Icsrc \
+	  tests/cpu_threads/main.cpp csrc/cpu/kernels_*.cpp -o build/arm64/cpu_threads && \
+	$(ARM64_RUN) build/arm64/cpu_threads
 
 clean:
 	rm -rf build *.egg-info mmae_fast/*.so .abi runs

@@ -1,0 +1,337 @@
+// The kernel table of csrc/cpu on threads of its own: no torch, no Python. Every function is run
+// for every instruction set of the machine, storage type, side and row option, with few large
+// matrices (whose loops are shared among the threads) and many small ones (which are shared
+// themselves), and
+//   - compared with plain loops in double precision (gradients: with central differences of them);
+//   - run twice per thread count into memory that held other bytes: bitwise equal results.
+// tests/sanitize.py compiles it for ThreadSanitizer and AddressSanitizer, `make arm64-check` for
+// the emulator of another processor. Two switches prove that the sanitizers see the kernels'
+// memory: MMAE_PLANT_RACE lets the threads' shares overlap, MMAE_PLANT_OVERFLOW makes an output too
+// short.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/api.h"
+#include "inputs.h"
+
+namespace {
+
+using mmae::Kernels;
+
+int failures = 0, checks = 0;
+std::string context;
+
+void check(bool good, const char* what, double error = 0, double allowed = 0) {
+  ++checks;
+  if (good) return;
+  if (++failures <= 20)
+    std::printf("FAILED %s: %s (error %.3g, allowed %.3g)\n", context.c_str(), what, error,
+                allowed);
+}
+
+// --------------------------------------------------------------------------------------------------
+// Threads: one per share, as PyTorch's pool divides a loop; nested loops run in the caller.
+
+int64_t thread_count = 1;
+thread_local bool inside = false;
+
+void parallel_for(int64_t count, int64_t grain, mmae::Body body, void* context) {
+  if (count <= 0) return;
+  const int64_t most = (count + grain - 1) / std::max<int64_t>(grain, 1);
+  const int64_t threads = inside ? 1 : std::min(thread_count, most);
+  if (threads == 1) return body(0, count, context);
+  const int64_t share = (count + threads - 1) / threads;
+  std::vector<std::thread> pool;
+  for (int64_t begin = 0; begin < count; begin += share) {
+    int64_t end = std::min(count, begin + share);
+#ifdef MMAE_PLANT_RACE
+    end = std::min(count, end + 1);
+#endif
+    pool.emplace_back([=]() {
+      inside = true;
+      body(begin, end, context);
+    });
+  }
+  for (std::thread& t : pool) t.join();
+}
+
+mmae::Threads threads() { return {parallel_for, thread_count}; }
+
+// --------------------------------------------------------------------------------------------------
+// The definition, in plain loops
+
+Numbers prepared(const Input& in, const Numbers& z, int64_t b) {
+  const int64_t n = in.f.n, d = in.f.d;
+  Numbers x(z.begin() + b * n * d, z.begin() + (b + 1) * n * d);
+  Numbers mean(static_cast<size_t>(d));
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double* row = x.data() + i * d;
+    double square = 0;
+    for (int64_t j = 0; j < d; ++j) square += row[j] * row[j];
+    double factor = in.f.normalize && square > 0 ? 1 / std::sqrt(square) : 1;
+    if (!in.kept(b, i)) factor = 0;
+    kept += in.kept(b, i);
+    for (int64_t j = 0; j < d; ++j) mean[size_t(j)] += row[j] *= factor;
+  }
+  if (in.f.center)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < d; ++j)
+        if (in.kept(b, i)) x[size_t(i * d + j)] -= mean[size_t(j)] / double(kept);
+  return x;
+}
+
+Numbers gram_of(const Input& in, const Numbers& z, int64_t b, bool samples) {
+  const int64_t n = in.f.n, d = in.f.d, k = samples ? n : d, depth = samples ? d : n;
+  const Numbers x = prepared(in, z, b);
+  Numbers g(size_t(k * k));
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < k; ++j)
+      for (int64_t l = 0; l < depth; ++l)
+        g[size_t(i * k + j)] += samples ? x[size_t(i * d + l)] * x[size_t(j * d + l)]
+                                        : x[size_t(l * d + i)] * x[size_t(l * d + j)];
+  return g;
+}
+
+double log_det(Numbers a, int64_t k, double c) {  // of I + c a, by Cholesky factorisation
+  double sum = 0;
+  for (double& v : a) v *= c;
+  for (int64_t i = 0; i < k; ++i) a[size_t(i * k + i)] += 1;
+  for (int64_t j = 0; j < k; ++j)
+    for (int64_t i = j; i < k; ++i) {
+      double s = a[size_t(i * k + j)];
+      for (int64_t l = 0; l < j; ++l) s -= a[size_t(i * k + l)] * a[size_t(j * k + l)];
+      a[size_t(i * k + j)] = i == j ? std::sqrt(s) : s / a[size_t(j * k + j)];
+      if (i == j) sum += std::log(s);
+    }
+  return sum;
+}
+
+double renyi2(const Numbers& g, int64_t k) {
+  double trace = 0, square = 0;
+  for (int64_t i = 0; i < k; ++i) trace += g[size_t(i * k + i)];
+  for (double v : g) square += v * v;
+  return trace > 0 ? 2 * std::log(trace) - std::log(square) : 0;
+}
+
+// --------------------------------------------------------------------------------------------------
+// One call of the table
+
+struct Output {
+  Buffer value, weight, grad_z;
+  bool operator==(const Output& o) const {
+    return value == o.value && weight == o.weight && grad_z == o.grad_z;
+  }
+};
+
+using Forward = std::function<void(const Features&, void* value, void* weight)>;
+
+// Value alone, value and weight, gradient (of the sum of values, cotangent 1 ± 1/2).
+Output differentiate(const Kernels& kernels, const Input& in, const Forward& forward, int fill) {
+  const int64_t batch = in.f.batch, k = in.f.k(), item = in.type.result_bytes;
+  const DType result = item == 8 ? DType::kFloat64 : DType::kFloat32;
+  int64_t weights = batch * k * k;
+#ifdef MMAE_PLANT_OVERFLOW
+  weights = std::max<int64_t>(weights - 1, 0);
+#endif
+  Output out{Buffer(batch, item, fill), Buffer(weights, item, fill),
+             Buffer(batch * in.f.n * in.f.d, in.type.bytes, fill)};
+  Buffer alone(batch, item, fill), grad(batch, item, fill);
+  forward(in.f, alone.bytes.get(), nullptr);
+  forward(in.f, out.value.bytes.get(), out.weight.bytes.get());
+  const Numbers a = alone.numbers(result), b = out.value.numbers(result);
+  for (int64_t i = 0; i < batch; ++i) {
+    const double error = std::abs(a[size_t(i)] - b[size_t(i)]);
+    const double allowed = 4 * in.type.value_tolerance * double(k + 1);
+    check(error <= allowed, "value with and without weight", error, allowed);
+    encode(i % 2 ? 1.5 : 0.5, result, grad.bytes.get() + i * item);
+  }
+  kernels.weight_bwd(in.f, grad.bytes.get(), out.weight.bytes.get(), out.grad_z.bytes.get(),
+                     threads());
+  return out;
+}
+
+template <class F>
+auto on_threads(int64_t count, const F& call) {
+  thread_count = count;
+  auto first = call(0xff);  // all bits: NaN in every type
+  check(first == call(0x11), "two runs are bitwise equal");
+  return first;
+}
+
+using Truth = std::function<double(const Numbers& z, int64_t b)>;
+
+void check_spectral(const Kernels& kernels, const Input& in, const char* name,
+                    const Forward& forward, const Truth& truth) {
+  const int64_t size = in.f.n * in.f.d;
+  const DType result = in.type.result_bytes == 8 ? DType::kFloat64 : DType::kFloat32;
+  const std::string before = context;
+  for (int64_t count : {1, 4}) {
+    context = before + " " + name + " on " + std::to_string(count);
+    const Output out =
+        on_threads(count, [&](int fill) { return differentiate(kernels, in, forward, fill); });
+    const Numbers value = out.value.numbers(result), grad = out.grad_z.numbers(in.type.dtype);
+    for (int64_t b = 0; b < in.f.batch && truth; ++b) {
+      const double wanted = truth(in.z, b), error = std::abs(value[size_t(b)] - wanted);
+      const double allowed = in.type.value_tolerance * (double(in.f.k()) + std::abs(wanted));
+      check(error <= allowed, "value", error, allowed);
+      if (b > 2 && b + 1 < in.f.batch) continue;  // differences are the slow part
+      const Numbers direction = gaussian(size, unsigned(b) + 7);
+      const double step = 1e-5;
+      Numbers ahead = in.z, behind = in.z;
+      double along = 0, grad2 = 0, direction2 = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        const double g = grad[size_t(b * size + i)], v = direction[size_t(i)];
+        ahead[size_t(b * size + i)] += step * v;
+        behind[size_t(b * size + i)] -= step * v;
+        along += g * v, grad2 += g * g, direction2 += v * v;
+      }
+      const double slope = (truth(ahead, b) - truth(behind, b)) / (2 * step) * (b % 2 ? 1.5 : 0.5);
+      const double room = in.type.grad_tolerance * std::sqrt(grad2 * direction2) + 1e-8;
+      check(std::abs(along - slope) <= room, "gradient", std::abs(along - slope), room);
+    }
+  }
+  context = before;
+}
+
+struct GramOutput {
+  Buffer gram, inverse_norm, mean;
+  bool operator==(const GramOutput& o) const {
+    return gram == o.gram && inverse_norm == o.inverse_norm && mean == o.mean;
+  }
+};
+
+void check_gram(const Kernels& kernels, const Input& in, bool samples) {
+  const int64_t k = samples ? in.f.n : in.f.d, batch = in.f.batch, item = in.type.result_bytes;
+  const DType result = item == 8 ? DType::kFloat64 : DType::kFloat32;
+  for (int64_t count : {1, 4}) {
+    const GramOutput out = on_threads(count, [&](int fill) {
+      GramOutput o{Buffer(batch * k * k, item, fill), Buffer(batch * in.f.n, item, fill),
+                   Buffer(batch * in.f.d, item, fill)};
+      kernels.gram(in.f, samples, o.gram.bytes.get(), o.inverse_norm.bytes.get(),
+                   o.mean.bytes.get(), threads());
+      return o;
+    });
+    const Numbers g = out.gram.numbers(result);
+    for (int64_t b = 0; b < batch; ++b) {
+      const Numbers wanted = gram_of(in, in.z, b, samples);
+      double largest = 1, error = 0;
+      for (int64_t i = 0; i < k * k; ++i) {
+        largest = std::max(largest, std::abs(wanted[size_t(i)]));
+        const double e = std::abs(g[size_t(b * k * k + i)] - wanted[size_t(i)]);
+        error = e <= error ? error : e;  // keeps NaN
+      }
+      const double allowed = 4 * in.type.value_tolerance * largest;
+      check(error <= allowed, samples ? "Gram (samples)" : "Gram (features)", error, allowed);
+    }
+  }
+}
+
+// Entropies of matrices with a spectrum that is known: a padded diag(sqrt(lam)).
+void check_entropies(const Kernels& kernels, const Type& type, int64_t batch, int64_t n,
+                     int64_t d) {
+  const int64_t k = std::min(n, d);
+  Numbers z(size_t(batch * n * d));
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = 0; i < k; ++i)
+      z[size_t(b * n * d + i * d + i)] =
+          0.25 + double((3 * b + 2 * i) % (2 * k + 1)) / 8;  // all different
+  const Input in(type, z, batch, n, d, false, false, false, Layout::kContiguous);
+  for (double alpha : {0.5, 1.0, 1.5, 2.0, 3.0, 4.0, double(INFINITY)}) {
+    const auto truth = [&](const Numbers& values, int64_t b) {
+      // Off the diagonal the derivative is zero, so the differences may ignore what they put there.
+      double total = 0, sum = 0, largest = 0;
+      for (int64_t i = 0; i < k; ++i) total += std::pow(values[size_t(b * n * d + i * d + i)], 2);
+      for (int64_t i = 0; i < k; ++i) {
+        const double lam = std::pow(values[size_t(b * n * d + i * d + i)], 2) / total;
+        largest = std::max(largest, lam);
+        sum += alpha == 1 ? -lam * std::log(lam) : std::pow(lam, alpha);
+      }
+      if (std::isinf(alpha)) return -std::log(largest);
+      return alpha == 1 ? sum : std::log(sum) / (1 - alpha);
+    };
+    const auto forward = [&](const Features& f, void* value, void* weight) {
+      kernels.entropy(f, alpha, value, weight, threads());
+    };
+    const std::string name = "entropy of a known spectrum, alpha " + std::to_string(alpha);
+    check_spectral(kernels, in, name.c_str(), forward, truth);
+  }
+}
+
+void check_shape(const Kernels& kernels, const Type& type, int64_t batch, int64_t n, int64_t d,
+                 bool thorough) {
+  for (int options = 0; options < 8; ++options) {
+    const bool normalize = !(options & 1), center = options & 2, masked = options & 4;
+    if (!thorough && options != 0 && options != 6 && options != 3) continue;
+    const Input in(type, gaussian(batch * n * d, 1), batch, n, d, normalize, center, masked,
+                   Layout(options % 3));
+    context = std::string(kernels.name) + " " + type.name + " " + std::to_string(batch) + "x" +
+              std::to_string(n) + "x" + std::to_string(d) + (normalize ? " normalize" : "") +
+              (center ? " center" : "") + (masked ? " mask" : "");
+    const bool samples = in.f.samples();
+    const int64_t k = in.f.k();
+    check_gram(kernels, in, true);
+    check_gram(kernels, in, false);
+    const auto spectral = [&](const char* name, const Forward& forward, const Truth& truth) {
+      check_spectral(kernels, in, name, forward, truth);
+    };
+    spectral(
+        "coding rate",
+        [&](const Features& f, void* value, void* weight) {
+          kernels.coding_rate(f, 0.5, value, weight, threads());
+        },
+        [&](const Numbers& z, int64_t b) { return log_det(gram_of(in, z, b, samples), k, 0.5); });
+    const auto entropy = [&](double alpha) {
+      return [&kernels, alpha](const Features& f, void* value, void* weight) {
+        kernels.entropy(f, alpha, value, weight, threads());
+      };
+    };
+    spectral("Renyi-2", entropy(2),
+             [&](const Numbers& z, int64_t b) { return renyi2(gram_of(in, z, b, samples), k); });
+    // Of a spectrum that nobody knows: two runs agree.
+    if (k > 0 && k <= kernels.max_eigen) spectral("von Neumann", entropy(1), nullptr);
+  }
+}
+
+void run(const Kernels& kernels) {
+  for (const Type& type : kTypes) {
+    // More matrices than threads: groups of lanes, full and not; both sides; empty.
+    for (const auto& [batch, n, d] : std::vector<std::array<int64_t, 3>>{
+             {9, 5, 12}, {35, 12, 5}, {17, 8, 8}, {5, 17, 40}, {6, 33, 20}, {2, 0, 3}, {2, 3, 0}})
+      check_shape(kernels, type, batch, n, d, true);
+    // Fewer: the loops inside a matrix are shared.
+    for (const auto& [batch, n, d] :
+         std::vector<std::array<int64_t, 3>>{{1, 70, 90}, {2, 90, 70}, {3, 64, 64}, {1, 1, 1}})
+      check_shape(kernels, type, batch, n, d, false);
+    for (const auto& [batch, n, d] : std::vector<std::array<int64_t, 3>>{
+             {20, 6, 9}, {19, 16, 10}, {2, 64, 80}, {1, 80, 64}, {5, 1, 4}})
+      check_entropies(kernels, type, batch, n, d);
+  }
+  std::printf("%s: %d checks, %d failures\n", kernels.name, checks, failures);
+}
+
+}  // namespace
+
+int main() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  run(mmae::kernels_baseline());
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) run(mmae::kernels_avx2());
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    run(mmae::kernels_avx512());
+#endif
+  constexpr size_t kRun = 4;  // coding_rate, entropy, gram, weight_bwd
+  const size_t functions = (sizeof(Kernels) - offsetof(Kernels, coding_rate)) / sizeof(void*);
+  if (functions > kRun)
+    std::printf("note: %zu functions of the table have no check here\n", functions - kRun);
+  return failures > 0;
+}

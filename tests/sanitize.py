@@ -1,0 +1,169 @@
+"""Runs the compiled CPU backend under the compiler's sanitizers; any report is a failure.
+
+    python tests/sanitize.py [threads] [memory] [extension]        (all three without arguments)
+
+threads: tests/cpu_threads with ThreadSanitizer. memory: the same with AddressSanitizer and
+UndefinedBehaviorSanitizer, every output of exactly its size. extension: mmae_fast._C with the last
+two, built as setup.py says, under the tests of the operations; torch's tensors are seen because
+libasan is loaded first. Each stage first plants an error, which has to be reported. Linux and g++.
+"""
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "sanitize"
+DRIVER = ROOT / "tests" / "cpu_threads" / "main.cpp"
+COMPILER = os.environ.get("CXX") or "g++"
+THREAD = ["-fsanitize=thread"]
+MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+# The compiler's own vectors are under-aligned on purpose: load and store go through memcpy.
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:strict_string_checks=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+# What runs with the extension. Left out: torch.compile, which starts a compiler of its own.
+TESTS = ["test_ops.py", "test_autograd.py", "test_accuracy.py", "test_fuzz.py"]
+SELECT = "not compile and not opcheck and not torch"  # "torch": the backend that is not under test
+FUZZ_CASES = "600"
+
+# A tensor that claims one more row than its memory has, given to a kernel.
+PLANT = """
+import numpy as np, torch, mmae_fast
+assert "sanitize" in mmae_fast._C.__file__, mmae_fast._C.__file__
+rows = np.zeros(63 * 64, dtype=np.float32)
+z = torch.from_numpy(np.lib.stride_tricks.as_strided(rows, (64, 64), (256, 4)))
+mmae_fast.fast_gram(z, backend="cpu")
+"""
+
+
+def run(command, quiet=False, **environment):
+    if not quiet:
+        print("+", shlex.join(map(str, command)), flush=True)
+    return subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | OPTIONS | environment,
+        cwd=BUILD,  # Python looks there first
+        capture_output=quiet,
+        text=True,
+        check=False,
+    )
+
+
+def compile_all(folder, sources, flags):
+    """Object files of the sources, all compiled at once; remade when any input has changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = [*(ROOT / "csrc").rglob("*.*"), *DRIVER.parent.glob("*.*"), *sources, Path(__file__)]
+    newest = max(path.stat().st_mtime for path in inputs)
+    running, objects = [], []
+    for source in sources:
+        objects.append(folder / f"{source.stem}.o")
+        if objects[-1].exists() and objects[-1].stat().st_mtime > newest:
+            continue
+        command = [COMPILER, *flags, "-c", str(source), "-o", str(objects[-1])]
+        running.append((objects[-1], subprocess.Popen(command)))
+    for target, process in running:
+        if process.wait():
+            target.unlink(missing_ok=True)
+            raise SystemExit(f"{COMPILER} failed, see above")
+    return objects
+
+
+def check_driver(name, sanitizer, plant, report):
+    """The driver is clean, and with `plant` defined the sanitizer says `report`."""
+    folder = BUILD / name
+    flags = ["-std=c++17", "-O1", "-g", "-Wno-psabi", "-pthread", f"-I{ROOT / 'csrc'}", *sanitizer]
+    kernels = compile_all(folder, sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), flags)
+    for macro in ([f"-D{plant}"], []):
+        (main,) = compile_all(folder / ("planted" if macro else "clean"), [DRIVER], flags + macro)
+        program = main.with_suffix("")
+        subprocess.run([COMPILER, *flags, main, *kernels, "-o", program], check=True)
+        result = run([program], quiet=bool(macro))
+        if macro:
+            output = result.stdout + result.stderr
+            if result.returncode == 0 or report not in output:
+                raise SystemExit(
+                    f"{name}: {plant} was not reported as {report!r}:\n{output[-3000:]}"
+                )
+            print(f"{name}: the planted error is reported ({report})", flush=True)
+        elif result.returncode:
+            raise SystemExit(f"{name}: failed, see above")
+
+
+def build_extension():
+    """mmae_fast with an instrumented _C, in BUILD: the sources linked, the library compiled."""
+    os.environ["MMAE_FAST_CUDA"] = "0"
+    os.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("mmae_fast_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    (extension,) = setup.extensions()
+    flags = [f"-I{path}" for path in [*extension.include_dirs, sysconfig.get_paths()["include"]]]
+    flags += [*extension.extra_compile_args["cxx"], "-fPIC", "-O1", "-g", *MEMORY]
+    sources = [ROOT / source for source in extension.sources]
+    objects = compile_all(BUILD / "extension", sources, flags)
+    package = BUILD / "mmae_fast"
+    package.mkdir(exist_ok=True)
+    for path in package.iterdir():
+        path.unlink()
+    for path in (ROOT / "mmae_fast").glob("*.py"):
+        (package / path.name).symlink_to(path)
+    link = [f"-L{path}" for path in extension.library_dirs]
+    link += [f"-Wl,-rpath,{path}" for path in extension.library_dirs]
+    link += [f"-l{name}" for name in extension.libraries]
+    output = package / "_C.abi3.so"
+    command = [COMPILER, "-shared", *MEMORY, *objects, *link, "-o", output]
+    subprocess.run(command, check=True)
+
+
+def check_extension():
+    build_extension()
+    libraries = [
+        subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    ]
+    environment = {
+        "LD_PRELOAD": " ".join(libraries),
+        "PYTHONPATH": str(BUILD),
+        "MMAE_FAST_FUZZ_CASES": FUZZ_CASES,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    planted = run([sys.executable, "-c", PLANT], quiet=True, **environment)
+    output = planted.stdout + planted.stderr
+    if planted.returncode == 0 or "heap-buffer-overflow" not in output or "mmae::" not in output:
+        raise SystemExit(f"extension: a planted over-read was not reported:\n{output[-3000:]}")
+    print("extension: the planted error is reported (heap-buffer-overflow in mmae::)", flush=True)
+    tests = [ROOT / "tests" / name for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECT]
+    if run([*command, *tests], **environment).returncode:
+        raise SystemExit("extension: failed, see above")
+
+
+STAGES = {
+    "threads": lambda: check_driver("threads", THREAD, "MMAE_PLANT_RACE", "data race"),
+    "memory": lambda: check_driver("memory", MEMORY, "MMAE_PLANT_OVERFLOW", "heap-buffer-overflow"),
+    "extension": check_extension,
+}
+
+
+def main(names):
+    unknown = set(names) - STAGES.keys()
+    if unknown:
+        raise SystemExit(f"stages are {', '.join(STAGES)}; got {', '.join(sorted(unknown))}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    for name in names or STAGES:
+        STAGES[name]()
+    print("sanitizers: clean")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
