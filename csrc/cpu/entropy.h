@@ -291,22 +291,34 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
   }
 }
 
-// out = x ⊙ y, all rows and columns of the work matrices.
+// out = (sx x) ⊙ (sy y), all rows and columns of the work matrices.
 template <class T>
-void hadamard(const T* x, const T* y, int64_t ld, T* out, const Executor& executor) {
+void hadamard(const T* x, T sx, const T* y, T sy, int64_t ld, T* out, const Executor& executor) {
   executor.run(ld, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * ld; i < end * ld; i += kLanes<T>)
-      store(out + i, load(x + i) * load(y + i));
+      store(out + i, (load(x + i) * splat(sx)) * (load(y + i) * splat(sy)));
   });
 }
 
-// H_alpha of K1 ⊙ K2, K the n x n Gram matrices of two views. With V = dH / d(K1 ⊙ K2) the weights
-// are those of V ⊙ K2 for the first view and of V ⊙ K1 for the second.
+// The power of two that brings the diagonal of g to about 1. Entropies do not see it, and a product
+// of two small matrices (of nearly collapsed views, centred) could vanish without it.
+template <class T>
+T unit_scale(const T* g, int64_t k, int64_t ld) {
+  T largest = 0;
+  for (int64_t i = 0; i < k; ++i) largest = std::max(largest, g[i * ld + i]);
+  if (!(largest > 0) || !std::isfinite(largest)) return 1;
+  return T(std::ldexp(1.0, std::clamp(-std::ilogb(largest), -120, 120)));
+}
+
+// H_alpha of K1 ⊙ K2, K the n x n Gram matrices of two views, each scaled as above. With
+// V = dH / d(s1 K1 ⊙ s2 K2) the weights are those of s1 V ⊙ s2 K2 for the first view and of
+// s2 V ⊙ s1 K1 for the second.
 template <class S, class T>
 void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T* value, T* weight1,
                          T* weight2, int64_t begin, int64_t end, const Executor& executor) {
   const int64_t n = f1.n, group = entropy_group(alpha, n);
   std::vector<Gram<S, T>> first_views, second_views;
+  std::vector<T> first_scales, second_scales;
   std::vector<EntropyTask<T>> tasks;
   first_views.reserve(size_t(group));
   second_views.reserve(size_t(group));
@@ -314,13 +326,18 @@ void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T
     Memory memory;
     first_views.clear();
     second_views.clear();
+    first_scales.clear();
+    second_scales.clear();
     tasks.clear();
     for (int64_t index = first; index < std::min(first + group, end); ++index) {
       first_views.emplace_back(f1, index, end, true, true, executor, memory);
       second_views.emplace_back(f2, index, end, true, true, executor, memory);
+      const T *g1 = first_views.back().g, *g2 = second_views.back().g;
       const int64_t ld = first_views.back().ldg;
+      first_scales.push_back(unit_scale(g1, n, ld));
+      second_scales.push_back(unit_scale(g2, n, ld));
       T* product = memory.take<T>(ld * ld);
-      hadamard(first_views.back().g, second_views.back().g, ld, product, executor);
+      hadamard(g1, first_scales.back(), g2, second_scales.back(), ld, product, executor);
       tasks.emplace_back(product, n, ld);
     }
     entropies(tasks, alpha, weight1 != nullptr, memory, executor);
@@ -337,10 +354,10 @@ void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T
       mirror<T, true>(one.g, n, one.ldg, executor);
       mirror<T, true>(two.g, n, two.ldg, executor);
       T* product = tasks[i].g;  // not needed any more
-      hadamard(tasks[i].v, two.g, one.ldg, product, executor);
-      one.fold(product, T(1), w1, executor);
-      hadamard(tasks[i].v, one.g, one.ldg, product, executor);
-      two.fold(product, T(1), w2, executor);
+      hadamard(tasks[i].v, T(1), two.g, second_scales[i], one.ldg, product, executor);
+      one.fold(product, first_scales[i], w1, executor);
+      hadamard(tasks[i].v, T(1), one.g, first_scales[i], one.ldg, product, executor);
+      two.fold(product, second_scales[i], w2, executor);
     }
   }
 }
