@@ -225,11 +225,10 @@ def _median_of_pairs(x: Tensor, kept: Tensor | None) -> Tensor:
         return x.new_ones(x.shape[:-2])
     if kept is None:
         return pairs.median(-1).values
+    # nanmedian would pass over the NaN of a kept row; centring has spread that to all pairs.
     kept = kept[..., i, j]
     median = torch.where(kept, pairs, torch.nan).nanmedian(-1).values
-    poisoned = (kept & pairs.isnan()).any(-1)  # nanmedian must not pass over these
-    median = torch.where(kept.any(-1), median, 1)
-    return torch.where(poisoned, torch.nan, median)
+    return torch.where(kept.any(-1), median, 1)
 
 
 def _entropy(z, alpha, rows, mask, from_gram, backend) -> Tensor:

@@ -39,12 +39,23 @@ class Bound(NamedTuple):
 class TwoBranchBounds(NamedTuple):
     """What a loss says about two views at alpha = 2; both bounds meet at log m for excess 0.
 
-    excess: the loss above its smallest possible value.
+    excess: the loss above its smallest possible value; delta, off: δ and o of theorem 1 from it.
     """
 
     excess: Tensor
+    delta: Tensor
+    off: Tensor
     joint_entropy: Bound
     mutual_information: Bound
+
+
+class AlignmentBounds(NamedTuple):
+    """An upper bound on ``||K - Diag(K)||_F`` of either view, lower bounds on the rest."""
+
+    spread: Tensor
+    entropy: Tensor
+    joint_entropy: Tensor
+    mutual_information: Tensor
 
 
 class TaylorBound(NamedTuple):
@@ -97,34 +108,44 @@ def spectral_contrastive_bounds(z1: Tensor, z2: Tensor, mu: float = 1.0) -> TwoB
     return _two_branch_bounds(*views, excess, n * excess / 2, off)
 
 
-def bounds_from_alignment(m: int, delta: Tensor, off: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower bounds on H_2 of either view and of both, and on I_2 (docs/theory.md, theorem 1).
+def bounds_from_alignment(m: int, delta: Tensor, off: Tensor) -> AlignmentBounds:
+    """What well-aligned, mutually orthogonal views guarantee (docs/theory.md, theorem 1).
 
-    For vectors u_1 … u_m and v_1 … v_m no longer than 1, with ``Σ_i (1 - u_i·v_i) <= delta`` and
-    ``Σ_{i≠j} (u_i·v_j)² <= off²``:
+    For vectors u_1 … u_m and v_1 … v_m no longer than 1, with ``δ >= Σ_i (1 - u_i·v_i)`` and
+    ``o² >= Σ_{i≠j} (u_i·v_j)²``, K1 and K2 their Gram matrices, and a = (m - δ)² / m:
 
-        ||K - Diag(K)||_F <= T = o + δ + sqrt(δ² + 2 δ (1 + o))            for both Gram matrices
-        H_2(K1), H_2(K2)  >= 2 log(m - 2δ) - log(m + T²)
-        H_2(K1 ⊙ K2)      >= 2 log(m - 2δ) - log(m + min(T², T⁴))
+        ||K - Diag(K)||_F <= T = o + δ + sqrt(δ² + 2 δ (1 + o))            for K1 and for K2
+        H_2(K1), H_2(K2)  >= 2 log a - log(a + T²)
+        H_2(K1 ⊙ K2)      >= 2 log a - log(a + min(T², T⁴))
         I_2               >= H_2(K1) + H_2(K2) - log m
 
-    Entropies are not negative either; where m <= 2δ the bounds say no more than that.
+    Entropies are not negative either; where δ >= m the bounds say no more than that.
+
+    Args: delta, off: δ and o, shape ``(...)``; a δ below 0 (rounding) counts as 0.
     """
-    t = off + delta + (delta.square() + 2 * delta * (1 + off)).sqrt()
-    square = t.square().clamp(max=m * (m - 1))
-    trace = 2 * (m - 2 * delta).clamp(min=0).log()
-    single = (trace - (m + square).log()).clamp(min=0)
-    joint = (trace - (m + torch.minimum(square, square.square())).log()).clamp(min=0)
-    return single, joint, 2 * single - math.log(m)
+    delta = delta.clamp(min=0)
+    spread = off + delta + (delta.square() + 2 * delta * (1 + off)).sqrt()
+    square = spread.square().clamp(max=m * (m - 1))
+    a = (m - delta).clamp(min=0).square() / m
+    a = a.clamp(min=torch.finfo(a.dtype).tiny)  # log 0 - log 0 is no bound
+    single = (2 * a.log() - (a + square).log()).clamp(min=0)
+    joint = (2 * a.log() - (a + torch.minimum(square, square.square())).log()).clamp(min=0)
+    return AlignmentBounds(spread, single, joint, 2 * single - math.log(m))
 
 
 def _two_branch_bounds(x1, x2, excess, delta, off) -> TwoBranchBounds:
     m = x1.shape[-2]
-    _, joint, mutual = bounds_from_alignment(m, delta, off)
-    largest = torch.full_like(joint, math.log(m))
+    lower = bounds_from_alignment(m, delta, off)
+    largest = torch.full_like(excess, math.log(m))
     h = joint_entropy(x1, x2, 2.0, normalize=False)
     i = mutual_information(x1, x2, 2.0, normalize=False)
-    return TwoBranchBounds(excess, Bound(joint, h, largest), Bound(mutual, i, 2 * largest - joint))
+    return TwoBranchBounds(
+        excess,
+        delta,
+        off,
+        Bound(lower.joint_entropy, h, largest),
+        Bound(lower.mutual_information, i, 2 * largest - lower.joint_entropy),
+    )
 
 
 def coding_rate_taylor(z: Tensor, mu: float = 1.0) -> TaylorBound:
