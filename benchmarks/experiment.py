@@ -72,7 +72,7 @@ SMALL = PretrainConfig(
         decoder_num_heads=4,
     ),
     two_branch=TwoBranchConfig(projector_hidden=512, projector_dim=128),
-    epochs=6,
+    epochs=5,
     warmup_epochs=0.5,
     batch_size=256,
     base_lr=2e-3,
@@ -82,7 +82,7 @@ SMALL = PretrainConfig(
     save_every=1,
 )
 # A step on two whole views costs as much as four on visible patches: fewer epochs, finer curves.
-SMALL_TWO_BRANCH = dataclasses.replace(SMALL, epochs=3, log_every=39, monitor_every=39)
+SMALL_TWO_BRANCH = dataclasses.replace(SMALL, epochs=2, log_every=39, monitor_every=39)
 # The width, depth and heads of ViT-Tiny with patches of 4 pixels.
 TINY_VIT = dataclasses.replace(
     SMALL,
