@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | gpu | abi-check | clean       (README.md explains each)
+# make demo | test | lint | bench | gpu | experiment-small | experiment-gpu | abi-check | clean
+#                                                                 (README.md explains each)
 # make fuzz | sanitize | arm64-check                         (CONTRIBUTING.md says when to run them)
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,8 @@ CXX_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h tests/cud
   tests/cpu_threads/*)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench gpu abi-check fuzz sanitize arm64-check clean data
+.PHONY: demo test lint bench gpu experiment-small experiment-gpu abi-check fuzz sanitize
+.PHONY: arm64-check clean data
 
 # The environment, and the extension in it; rebuilt when a C++ source changes.
 # torch and torchvision come in one command: their builds must match.
@@ -54,6 +56,15 @@ bench: $(VENV)/.installed
 # On a machine with a GPU; uses the python3 that has torch there, installs nothing.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
+
+# Pretraining on CIFAR-10 with what two views share; the same command goes on where it was stopped.
+# CIFAR=folder with cifar10_train.npz and cifar10_test.npz, or CIFAR=download.
+CIFAR ?=
+experiment-small: $(VENV)/.installed
+	CIFAR="$(CIFAR)" $(BIN)/python -m benchmarks.experiment small
+# On a machine with a GPU; uses the python3 that has torch there.
+experiment-gpu:
+	CIFAR="$(CIFAR)" $(PYTHON) -m benchmarks.experiment gpu
 
 # One wheel, unchanged, on the oldest supported torch and the newest.
 abi-check: $(VENV)/.installed

@@ -15,9 +15,8 @@ import sys
 
 from setuptools import setup
 
-# The oldest torch that the binary must load in: 2.11.0, as torch/headeronly/version.h encodes it.
-TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-PYTHON = "-DPy_LIMITED_API=0x030A0000"
+# The oldest torch (2.11.0, as torch/headeronly/version.h encodes it) and Python of the binary.
+TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
 # Machine code for A100 and its relatives, H100, B200, RTX 50; PTX of the oldest for all others.
 ARCHITECTURES = ("80+PTX", "90a", "100", "120")
 NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -Icsrc -Xcompiler -fPIC,-fvisibility=hidden"
@@ -78,7 +77,7 @@ def compile_cuda(nvcc, folder="build/cuda"):
 def extension(name, sources, **arguments):
     from torch.utils.cpp_extension import CppExtension
 
-    flags = ["-O3", "-std=c++17", "-Wno-psabi", "-fvisibility=hidden", TARGET, PYTHON]
+    flags = ["-O3", "-std=c++17", "-Wno-psabi", "-fvisibility=hidden", *TARGET]
     flags += ["-fno-math-errno", "-fno-trapping-math"]  # let square roots and selects be vectors
     flags += ["-Wno-unused-command-line-argument"] * (sys.platform == "darwin")
     arguments |= {"include_dirs": [os.path.abspath("csrc")], "py_limited_api": True}

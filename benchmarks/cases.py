@@ -13,12 +13,16 @@ terms; a lower bound for any implementation that runs forward and backward one a
 | gram         | k(k+1)m          | 2k²m               | snd + 4k²     | 2snd + 4k²         |
 | coding rate  | k(k+1)m + k³/3   | 2k²m + 2k³/3       | snd           | 2snd               |
 | Rényi-2      | k(k+1)m + k²     | 2k²m               | snd           | 2snd               |
+| Rényi-3      | k(k+1)m + k³     | 2k²m               | snd           | 2snd               |
 | von Neumann  | k(k+1)m + 4k³/3  | 2k²m + 3k³         | snd           | 2snd               |
+| joint        | n(n+1)d + 3n²    | 2n²d               | snd           | 2snd               |
 
 k(k+1)m is one triangle of a symmetric product; 2k²m the one product that a closed-form gradient
 needs; k³/3 a Cholesky factor and 2k³/3 the inverse from it; 4k³/3 the reduction to tridiagonal
 form, 2k³ its back-transformation and k³ the function of the matrix (the eigenvectors of the
-tridiagonal matrix are not counted: their cost depends on the spectrum).
+tridiagonal matrix are not counted: their cost depends on the spectrum); k³ one triangle of the
+square of a symmetric matrix. "joint" is the Rényi-2 joint entropy of two views, the halves of the
+columns of z, on n x n matrices.
 """
 
 import math
@@ -29,7 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmae_fast import dispatch, fast_coding_rate, fast_gram, fast_matrix_entropy, reference
+from mmae_fast import (
+    dispatch,
+    fast_coding_rate,
+    fast_gram,
+    fast_matrix_entropy,
+    information,
+    reference,
+)
 
 DIRECTIONS = ("fwd", "fwd+bwd")
 
@@ -56,14 +67,18 @@ class Shape(NamedTuple):
 
 
 # Who has these shapes: tokens of a ViT per image, heads of a transformer, class tokens of a batch,
-# small groups of small features.
+# small groups of small features; tokens per head, tokens of a sentence, a memory bank.
 CPU_SHAPES = (
     Shape(256, 50, 768),
     Shape(1024, 64, 64),
     Shape(64, 197, 768),
+    Shape(4096, 16, 32),
     Shape(1, 1024, 768),
     Shape(1, 4096, 768),
-    Shape(4096, 16, 32),
+    Shape(512, 197, 64),
+    Shape(128, 128, 256),
+    Shape(8, 384, 1024),
+    Shape(1, 16384, 384),
 )
 _GPU = (
     (1, 1024, 768),
@@ -120,6 +135,23 @@ def eager_von_neumann(z: Tensor) -> Tensor:
     return -torch.special.xlogy(lam, lam).sum(-1)
 
 
+def eager_renyi3(z: Tensor) -> Tensor:
+    return -torch.linalg.eigvalsh(_density(z)).pow(3).sum(-1).log() / 2
+
+
+def halves(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Two views."""
+    middle = z.shape[-1] // 2
+    return z[..., :middle], z[..., middle:]
+
+
+def eager_joint2(z: Tensor) -> Tensor:
+    x, y = (F.normalize(view, dim=-1) for view in halves(z))
+    k = ((x @ x.mT) * (y @ y.mT)).float()
+    k = k / k.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return -2 * torch.linalg.matrix_norm(k).log()
+
+
 class Quantity(NamedTuple):
     title: str
     fast: Callable  # (z, backend) -> value
@@ -143,6 +175,18 @@ QUANTITIES = {
         eager_renyi2,
         lambda z: reference.matrix_entropy(z, 2),
     ),
+    "renyi3": Quantity(
+        "Rényi-3",
+        lambda z, b: fast_matrix_entropy(z, 3, backend=b),
+        eager_renyi3,
+        lambda z: reference.matrix_entropy(z, 3),
+    ),
+    "joint2": Quantity(
+        "joint Rényi-2",
+        lambda z, b: information.joint_entropy(*halves(z), 2, backend=b),
+        eager_joint2,
+        lambda z: reference.joint_entropy(*halves(z), 2),
+    ),
     "von_neumann": Quantity(
         "von Neumann",
         lambda z, b: fast_matrix_entropy(z, 1, backend=b),
@@ -152,16 +196,24 @@ QUANTITIES = {
 }
 
 
+def measured(shape: Shape, quantity: str, device: str) -> bool:
+    """Whether there is a row for it: n x n matrices of large n, and GPU time, are left out."""
+    if quantity == "joint2":
+        return device == "cpu" and shape.n <= 1024
+    return device == "cpu" or quantity != "renyi3"
+
+
 def least_work(shape: Shape, quantity: str, direction: str) -> tuple[float, float]:
     """Flops and bytes of the table at the head of this file."""
-    k, m = shape.k, max(shape.n, shape.d)
-    forward = {"gram": 0, "coding_rate": k**3 / 3, "renyi2": k**2, "von_neumann": 4 * k**3 / 3}
-    gradient = {"gram": 0, "coding_rate": 2 * k**3 / 3, "renyi2": 0, "von_neumann": 3 * k**3}
-    flops = k * (k + 1) * m + forward[quantity]
+    k, m = (shape.n, shape.d) if quantity == "joint2" else (shape.k, max(shape.n, shape.d))
+    forward = {"coding_rate": k**3 / 3, "renyi2": k**2, "renyi3": k**3, "joint2": 3 * k**2}
+    forward["von_neumann"] = 4 * k**3 / 3
+    gradient = {"coding_rate": 2 * k**3 / 3, "von_neumann": 3 * k**3}
+    flops = k * (k + 1) * m + forward.get(quantity, 0)
     result = 4 * k * k * shape.batch if quantity == "gram" else 0
     size = shape.bytes + result
     if direction == "fwd+bwd":
-        flops += 2 * k * k * m + gradient[quantity]
+        flops += 2 * k * k * m + gradient.get(quantity, 0)
         size += 2 * shape.bytes + result
     return float(shape.batch * flops), float(size)
 

@@ -102,6 +102,13 @@ Features describe(const Tensor& z, const std::optional<Tensor>& mask, bool norma
   return f;
 }
 
+void check_contiguous(const Tensor& x, const Tensor& z, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(
+      x.is_contiguous() && x.numel() == numel && x.scalar_type() == accumulation_type(z),
+      "mmae_fast: ", name, " must be contiguous, of z's accumulation dtype, with ", numel,
+      " entries");
+}
+
 std::vector<int64_t> batch_shape(const Tensor& z) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 2 < z.dim(); ++i) shape.push_back(z.size(i));
@@ -112,8 +119,9 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType t
   return torch::stable::new_empty(like, shape, type);
 }
 
-// Large results are fresh memory at every call. In pages of 4 KB their first use would fault once per
-// page, which costs more than computing them; so large pages are asked for, inside the tensor only.
+// Large results are fresh memory at every call. In pages of 4 KB their first use would fault once
+// per page, which costs more than computing them; so large pages are asked for, inside the tensor
+// only.
 Tensor empty_large(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   Tensor result = empty(like, shape, type);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -152,13 +160,58 @@ std::tuple<Tensor, Tensor> coding_rate(const Tensor& z, const std::optional<Tens
   return {out.value, out.weight};
 }
 
+void check_entropy(double alpha, int64_t k) {
+  STD_TORCH_CHECK(kernels().serves_entropy(alpha, k), "mmae_fast: no compiled entropy of order ",
+                  alpha, " for k = ", k);
+}
+
 std::tuple<Tensor, Tensor> entropy(const Tensor& z, const std::optional<Tensor>& mask, double alpha,
                                    bool normalize, bool center, bool need_weight) {
   const Features f = describe(z, mask, normalize, center);
   Outputs out = allocate(z, f, need_weight);
+  check_entropy(alpha, f.k());
   kernels().entropy(f, alpha, out.value.mutable_data_ptr(),
                     need_weight ? out.weight.mutable_data_ptr() : nullptr, threads());
   return {out.value, out.weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> joint_entropy(const Tensor& z1, const Tensor& z2,
+                                                 const std::optional<Tensor>& mask, double alpha,
+                                                 bool normalize, bool center, bool need_weight) {
+  const Features f1 = describe(z1, mask, normalize, center);
+  const Features f2 = describe(z2, mask, normalize, center);
+  STD_TORCH_CHECK(batch_shape(z1) == batch_shape(z2) && f1.n == f2.n && f1.dtype == f2.dtype,
+                  "mmae_fast: two views must agree in batch, rows and dtype");
+  check_entropy(alpha, f1.n);
+  std::vector<int64_t> shape = batch_shape(z1);
+  Tensor value = empty(z1, shape, accumulation_type(z1));
+  if (need_weight)
+    shape.insert(shape.end(), 2, f1.n);
+  else
+    shape = {0};
+  Tensor weight1 = empty_large(z1, shape, accumulation_type(z1)),
+         weight2 = empty_large(z1, shape, accumulation_type(z1));
+  kernels().joint_entropy(f1, f2, alpha, value.mutable_data_ptr(),
+                          need_weight ? weight1.mutable_data_ptr() : nullptr,
+                          need_weight ? weight2.mutable_data_ptr() : nullptr, threads());
+  return {value, weight1, weight2};
+}
+
+Tensor spectral(const Tensor& vectors, const Tensor& f) {
+  const int64_t dims = vectors.dim();
+  STD_TORCH_CHECK(dims >= 2 && vectors.size(dims - 1) == vectors.size(dims - 2),
+                  "mmae_fast: vectors must be (..., k, k)");
+  const int64_t k = vectors.size(dims - 1), batch = k ? vectors.numel() / (k * k) : 0;
+  STD_TORCH_CHECK(vectors.scalar_type() == accumulation_type(vectors),
+                  "mmae_fast: vectors must be float32 or float64");
+  check_contiguous(vectors, vectors, batch * k * k, "vectors");
+  check_contiguous(f, vectors, batch * k, "f");
+  std::vector<int64_t> shape = batch_shape(vectors);
+  shape.insert(shape.end(), 2, k);
+  Tensor out = empty_large(vectors, shape, vectors.scalar_type());
+  kernels().spectral(dtype_of(vectors), batch, k, vectors.const_data_ptr(), f.const_data_ptr(),
+                     out.mutable_data_ptr(), threads());
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Tensor>& mask,
@@ -176,25 +229,43 @@ std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Ten
   return {g, inverse_norm, mean};
 }
 
-Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tensor>& mask,
-                  const Tensor& weight, bool normalize, bool center) {
-  const Features f = describe(z, mask, normalize, center);
-  STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == f.batch * f.k() * f.k() &&
-                      weight.scalar_type() == accumulation_type(z),
-                  "mmae_fast: weight must be contiguous, (..., k, k)");
-  STD_TORCH_CHECK(
-      grad.is_contiguous() && grad.numel() == f.batch && grad.scalar_type() == accumulation_type(z),
-      "mmae_fast: grad must be contiguous, one value per matrix");
+Tensor grad_like(const Tensor& z, const Features& f) {
   std::vector<int64_t> shape = batch_shape(z);
   shape.push_back(f.n);
   shape.push_back(f.d);
-  Tensor grad_z = empty_large(z, shape, z.scalar_type());
-  kernels().weight_bwd(f, grad.const_data_ptr(), weight.const_data_ptr(), grad_z.mutable_data_ptr(),
-                       threads());
+  return empty_large(z, shape, z.scalar_type());
+}
+
+Tensor gram_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tensor>& mask,
+                const Tensor& gram, const Tensor& inverse_norm, const Tensor& mean, bool samples,
+                bool normalize, bool center) {
+  const Features f = describe(z, mask, normalize, center);
+  const int64_t k = samples ? f.n : f.d;
+  check_contiguous(grad, z, f.batch * k * k, "grad");
+  check_contiguous(gram, z, f.batch * k * k, "gram");
+  check_contiguous(inverse_norm, z, f.batch * f.n, "inverse_norm");
+  check_contiguous(mean, z, f.batch * f.d, "mean");
+  Tensor grad_z = grad_like(z, f);
+  kernels().gram_bwd(f, samples, grad.const_data_ptr(), gram.const_data_ptr(),
+                     inverse_norm.const_data_ptr(), mean.const_data_ptr(),
+                     grad_z.mutable_data_ptr(), threads());
+  return grad_z;
+}
+
+Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tensor>& mask,
+                  const Tensor& weight, bool samples, bool normalize, bool center) {
+  const Features f = describe(z, mask, normalize, center);
+  const int64_t k = samples ? f.n : f.d;
+  check_contiguous(weight, z, f.batch * k * k, "weight");
+  check_contiguous(grad, z, f.batch, "grad");
+  Tensor grad_z = grad_like(z, f);
+  kernels().weight_bwd(f, samples, grad.const_data_ptr(), weight.const_data_ptr(),
+                       grad_z.mutable_data_ptr(), threads());
   return grad_z;
 }
 
 std::string isa() { return kernels().name; }
+bool serves_entropy(double alpha, int64_t k) { return kernels().serves_entropy(alpha, k); }
 int64_t max_eigen() { return kernels().max_eigen; }
 
 }  // namespace
@@ -207,26 +278,38 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
       "cpu_entropy(Tensor z, Tensor? mask, float alpha, bool normalize, bool center, "
       "bool need_weight) -> (Tensor value, Tensor weight)");
   m.def(
+      "cpu_joint_entropy(Tensor z1, Tensor z2, Tensor? mask, float alpha, bool normalize, "
+      "bool center, bool need_weight) -> (Tensor value, Tensor weight1, Tensor weight2)");
+  m.def("cpu_spectral(Tensor vectors, Tensor f) -> Tensor");
+  m.def(
       "cpu_gram(Tensor z, Tensor? mask, bool samples, bool normalize, bool center) -> (Tensor "
       "gram, "
       "Tensor inverse_norm, Tensor mean)");
   m.def(
-      "cpu_weight_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor weight, bool normalize, "
-      "bool center) -> Tensor");
+      "cpu_gram_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor gram, Tensor inverse_norm, "
+      "Tensor mean, bool samples, bool normalize, bool center) -> Tensor");
+  m.def(
+      "cpu_weight_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor weight, bool samples, "
+      "bool normalize, bool center) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("cpu_max_eigen() -> int");
+  m.def("cpu_serves_entropy(float alpha, int k) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CPU, m) {
   m.impl("cpu_coding_rate", TORCH_BOX(&coding_rate));
   m.impl("cpu_entropy", TORCH_BOX(&entropy));
+  m.impl("cpu_joint_entropy", TORCH_BOX(&joint_entropy));
+  m.impl("cpu_spectral", TORCH_BOX(&spectral));
   m.impl("cpu_gram", TORCH_BOX(&gram));
+  m.impl("cpu_gram_bwd", TORCH_BOX(&gram_bwd));
   m.impl("cpu_weight_bwd", TORCH_BOX(&weight_bwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&isa));
   m.impl("cpu_max_eigen", TORCH_BOX(&max_eigen));
+  m.impl("cpu_serves_entropy", TORCH_BOX(&serves_entropy));
 }
 
 // An importable (empty) module: wheels, `pip` and `import mmae_fast._C` then treat it as any other

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmae_fast.config import ModelConfig, UserError, from_dict
-from mmae_fast.models import MaskedAutoencoder, build_model
+from mmae_fast.config import PretrainConfig, UserError, from_dict
+from mmae_fast.models import MaskedAutoencoder, TwoBranch, build_model
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
 
@@ -87,7 +87,9 @@ def load_state(folder: Path, model: nn.Module) -> dict[str, Any]:
         raise UserError(f"{folder / STATE} cannot be read; is it damaged?") from error
 
 
-def load_model(path: Path, device: torch.device) -> tuple[MaskedAutoencoder, dict[str, Any]]:
+def load_model(
+    path: Path, device: torch.device
+) -> tuple[MaskedAutoencoder | TwoBranch, dict[str, Any]]:
     """Model in evaluation mode and its ``meta``, from a run, a checkpoint or a weights file.
 
     ``meta`` holds ``config`` (of the pretraining), ``data`` (image size, channels, mean and
@@ -97,7 +99,7 @@ def load_model(path: Path, device: torch.device) -> tuple[MaskedAutoencoder, dic
     tensors, meta = _read_weights(weights)
     if meta is None:
         raise UserError(f"{weights} was not written by mmae: it does not say what model it holds")
-    config = from_dict(ModelConfig, meta["config"]["model"])
+    config = from_dict(PretrainConfig, meta["config"])
     model = build_model(config, tuple(meta["data"]["img_size"]), meta["data"]["in_chans"])
     model.load_state_dict(tensors)
     return model.to(device).eval(), meta

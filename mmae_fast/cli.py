@@ -1,4 +1,4 @@
-"""Command line: ``mmae pretrain | probe | knn | visualize | demo | doctor``.
+"""Command line: ``mmae pretrain | probe | knn | analyze | visualize | demo | doctor``.
 
 A command imports what it needs when it runs, so that ``mmae --help`` answers at once.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from typing import Any
 
 from mmae_fast.config import (
+    METHODS,
     RECIPES,
+    AnalyzeConfig,
     DemoConfig,
     EvalConfig,
     PretrainConfig,
@@ -55,12 +58,14 @@ def parse(config: type, command: str, arguments: list[str], **kwargs: Any) -> An
 
 def pretrain(arguments: list[str]) -> None:
     recipe = DEFAULT_RECIPE
+    # The option that everyone needs has a short name.
+    arguments = [re.sub(r"^--method(?==|$)", "--loss.method", given) for given in arguments]
     if arguments and arguments[0] in RECIPES:
         recipe, *arguments = arguments
     listed = "\n".join(f"  {name}: {effect}" for name, (effect, _) in RECIPES.items())
     description = (
-        "Train a masked autoencoder. A recipe may come first and sets the defaults below "
-        f"(now: {recipe}).\n\n{listed}"
+        f"Train an encoder: --method {' | '.join(METHODS)}. A recipe may come first and sets the "
+        f"defaults below (now: {recipe}).\n\n{listed}"
     )
     config = parse(
         PretrainConfig, "pretrain", arguments, default=RECIPES[recipe][1], description=description
@@ -103,6 +108,14 @@ def _print_score(name: str, config: EvalConfig, accuracy: float, protocol: str) 
         path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def analyze(arguments: list[str]) -> None:
+    config = parse(AnalyzeConfig, "analyze", arguments)
+
+    from mmae_fast.analyze import run_analysis
+
+    run_analysis(config)
+
+
 def visualize(arguments: list[str]) -> None:
     config = parse(VisualizeConfig, "visualize", arguments)
 
@@ -129,9 +142,10 @@ def doctor(arguments: list[str]) -> None:
 
 
 COMMANDS = {
-    "pretrain": (pretrain, "train a masked autoencoder: MAE, U-MAE or M-MAE"),
+    "pretrain": (pretrain, "train an encoder: MAE, U-MAE, M-MAE, Barlow Twins, spectral, SimCLR"),
     "probe": (probe, "linear probe of a pretrained encoder"),
     "knn": (knn, "nearest-neighbour accuracy of a pretrained encoder"),
+    "analyze": (analyze, "entropies of a model layer by layer, or of trainings over time"),
     "visualize": (visualize, "draw masked and reconstructed images"),
     "demo": (demo, "compare MAE, U-MAE and M-MAE in minutes on a CPU, with a report"),
     "doctor": (doctor, "say which backends run here, and why the others do not"),

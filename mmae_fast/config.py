@@ -16,15 +16,20 @@ class UserError(ValueError):
     """Something that the user can put right. The command line prints it without a traceback."""
 
 
-Method = Literal["mae", "u_mae", "m_mae", "von_neumann", "renyi"]
+Method = Literal[
+    "mae", "u_mae", "m_mae", "von_neumann", "renyi", "barlow_twins", "spectral", "simclr"
+]
 
-# Method -> (kind of MatrixEntropyRegularizer, name in tables and figures).
-METHODS: dict[str, tuple[str, str]] = {
+# Method -> (kind of MatrixEntropyRegularizer, None for two branches; name in tables and figures).
+METHODS: dict[str, tuple[str | None, str]] = {
     "mae": ("none", "MAE"),
     "u_mae": ("uniformity", "U-MAE"),
     "m_mae": ("tcr", "M-MAE"),
     "von_neumann": ("von_neumann", "MAE + von Neumann entropy"),
     "renyi": ("renyi", "MAE + Rényi entropy"),
+    "barlow_twins": (None, "Barlow Twins"),
+    "spectral": (None, "spectral contrastive"),
+    "simclr": (None, "SimCLR"),
 }
 
 
@@ -33,7 +38,7 @@ class DataConfig:
     """Which images to use."""
 
     train: str = "fashion-mnist"
-    """fashion-mnist, digits, a packed .npz file, or a folder of images."""
+    """fashion-mnist, digits, cifar10, a packed .npz file, or a folder of images."""
     test: str | None = None
     """Test images, same forms. Default: the test part of a built-in set, or val/ or test/ beside
     the train/ of a folder."""
@@ -64,13 +69,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Regulariser of the class-token features."""
+    """Method and its loss: a masked autoencoder with a regulariser of the class-token features, or
+    two branches (barlow_twins, spectral, simclr)."""
 
     method: Method = "m_mae"
     weight: float = 0.01
     """Weight of the regulariser in the loss."""
     mu: float = 1.0
-    """Scale of the total coding rate (m_mae)."""
+    """Scale of the total coding rate (m_mae); mu of the spectral contrastive loss (spectral)."""
+    lambd: float = 0.0051
+    """Weight of the off-diagonal correlations (barlow_twins)."""
+    temperature: float = 0.1
+    """Of the similarities (simclr)."""
     alpha: float = 2.0
     """Order of the Rényi entropy (renyi)."""
     center: bool = False
@@ -78,11 +88,29 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class TwoBranchConfig:
+    """Encoder, projector and views of the two-branch methods."""
+
+    backbone: Literal["vit", "resnet18"] = "vit"
+    """vit: the encoder that --model describes; resnet18: torchvision's, for images of up to 64
+    pixels with a 3x3 stem and no max-pooling."""
+    projector_hidden: int = 512
+    """Width of the projector's two hidden layers (BatchNorm, ReLU)."""
+    projector_dim: int = 128
+    """Features that the loss sees."""
+    jitter: float = 0.5
+    """Strength of the colour jitter of 3-channel images; 0: none."""
+    grey: float = 0.2
+    """Share of the 3-channel images turned grey."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
-    """Pretrain a masked autoencoder. Default: the published recipe, ViT-B."""
+    """Pretrain an encoder. Default: a masked autoencoder by the published recipe, ViT-B."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    two_branch: TwoBranchConfig = field(default_factory=TwoBranchConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     out: Path = Path("runs/pretrain")
     """Run folder: config, metrics, checkpoints."""
@@ -108,6 +136,9 @@ class PretrainConfig:
     seed: int = 0
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
+    monitor_every: int = 200
+    """Steps between measurements of the information that two views of held-out images share
+    (entropies, mutual information); 0: none."""
     save_every: int = 10
     """Epochs between checkpoints."""
 
@@ -146,6 +177,34 @@ class VisualizeConfig:
     """How many images."""
     seed: int = 0
     """Of the masks."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """Matrix entropies of a representation, layer by layer, or of a training over time."""
+
+    sources: tuple[str, ...]
+    """Run folders, checkpoints, names of timm models, or files of features (.npy, .npz, .pt). Run
+    folders without --data: curves of their training."""
+    data: str | None = None
+    """Images to look at, as in pretrain --data.train; their test part where there is one."""
+    img_size: int | None = None
+    """Side in pixels of the images of a folder. Default: that of the model."""
+    count: int = 256
+    """How many images, or rows of a file of features."""
+    weights: Path | None = None
+    """Local weights of a timm model (.safetensors, .pth)."""
+    pretrained: bool = False
+    """Download the published weights of a timm model. Default: random weights."""
+    center: bool = False
+    """Subtract the mean row of the normalised features first."""
+    out: Path = Path("runs/analysis")
+    """Folder of analysis.json and the figures."""
+    cache: Path = Path("~/.cache/mmae_fast")
+    """Where downloads are kept."""
+    seed: int = 0
+    """Of the two views."""
     device: str = "auto"
 
 

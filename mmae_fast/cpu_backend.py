@@ -1,20 +1,23 @@
-"""The compiled CPU backend: csrc/cpu for everything but the eigenvectors of large matrices.
+"""The compiled CPU backend: csrc/cpu for everything but the eigenvalues of large matrices.
 
-| quantity                 | compiled kernel          | LAPACK on the compiled Gram matrix |
-|--------------------------|--------------------------|------------------------------------|
-| Gram, alpha = 2          | every k = min(n, d)      | -                                  |
-| coding rate              | every k                  | -                                  |
-| von Neumann, other alpha | k <= COMPILED_EIGEN_MAX  | syevd                              |
-| gradient of z            | every k                  | -                                  |
+| quantity                         | compiled kernel         | compiled Gram matrix, then LAPACK |
+|----------------------------------|-------------------------|-----------------------------------|
+| Gram, coding rate, gradient of z | every k = min(n, d)     | -                                 |
+| entropy, alpha = 2, 3, 4 ... 16  | every k                 | -                                 |
+| von Neumann, other alpha         | k <= COMPILED_EIGEN_MAX | syevd                             |
+| joint entropy (k = n)            | as the entropy          | as the entropy                    |
 
-The limit is where the two columns cross on two cores: the compiled eigensolver works on one matrix
-per thread.
+csrc/cpu/plan.h has the choice within the compiled kernels, and the limits' measurements.
 """
 
 import torch
 
 from . import _C, torch_backend  # noqa: F401 - importing _C registers the operators
-from .torch_backend import GramParts
+from .torch_backend import (  # noqa: F401 - the backend's own
+    GramParts,
+    matrix_log_bwd,
+    matrix_log_fwd,
+)
 
 COMPILED_EIGEN_MAX = torch.ops.mmae_fast.cpu_max_eigen()
 
@@ -25,25 +28,44 @@ def gram(z, mask, samples, normalize, center) -> GramParts:
     return GramParts(*_ops.cpu_gram(z, mask, samples, normalize, center))
 
 
+def spectral_matrix(vectors, f):
+    return _ops.cpu_spectral(vectors.mT.contiguous(), f.contiguous())
+
+
 def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
     return _ops.cpu_coding_rate(z, mask, scale, normalize, center, need_weight)
 
 
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
-    if alpha == 2 or min(z.shape[-2:]) <= COMPILED_EIGEN_MAX:
+    if _ops.cpu_serves_entropy(alpha, min(z.shape[-2:])):
         return _ops.cpu_entropy(z, mask, alpha, normalize, center, need_weight)
-    return torch_backend.matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram)
+    arguments = (z, mask, alpha, normalize, center, need_weight)
+    return torch_backend.matrix_entropy_fwd(*arguments, gram, spectral_matrix)
+
+
+def gram_entropy_fwd(g, alpha, need_weight):
+    return torch_backend.gram_entropy_fwd(g, alpha, need_weight, spectral_matrix)
+
+
+def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
+    arguments = (z1, z2, mask, alpha, normalize, center, need_weight)
+    if _ops.cpu_serves_entropy(alpha, z1.shape[-2]):
+        return _ops.cpu_joint_entropy(*arguments)
+    return torch_backend.joint_entropy_fwd(*arguments, gram, spectral_matrix)
+
+
+def _product(grad, z, mask, weight, samples, normalize, center):
+    grad, weight = grad.contiguous(), weight.contiguous()
+    return _ops.cpu_weight_bwd(grad, z, mask, weight, samples, normalize, center)
+
+
+def samples_bwd(grad, z, mask, weight):
+    return _product(grad, z, mask, weight, True, False, False)
 
 
 def weight_bwd(grad, z, mask, weight, normalize, center):
-    grad, weight = grad.contiguous(), weight.contiguous()
-    return _ops.cpu_weight_bwd(grad, z, mask, weight, normalize, center)
+    return _product(grad, z, mask, weight, z.shape[-2] <= z.shape[-1], normalize, center)
 
 
-@torch_backend.full_precision
 def gram_bwd(grad, z, mask, parts, samples, normalize, center):
-    if samples != (z.shape[-2] <= z.shape[-1]):  # the compiled product works on the smaller side
-        return torch_backend.gram_bwd(grad, z, mask, parts, samples, normalize, center)
-    v = (grad + grad.mT) / 2
-    weight = torch_backend.fold(v, parts, z, mask, samples, normalize, center)
-    return weight_bwd(weight.new_ones(z.shape[:-2]), z, mask, weight, normalize, center)
+    return _ops.cpu_gram_bwd(grad.contiguous(), z, mask, *parts, samples, normalize, center)

@@ -20,7 +20,12 @@ import importlib
 import torch
 
 from . import torch_backend
-from .torch_backend import GramParts
+from .torch_backend import (  # noqa: F401 - the backend's own
+    GramParts,
+    gram_entropy_fwd,
+    matrix_log_bwd,
+    matrix_log_fwd,
+)
 
 try:
     importlib.import_module("mmae_fast._C_cuda")
@@ -55,6 +60,18 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
     if alpha == 2 and compiled(z, min(z.shape[-2:])):
         return _ops.cuda_renyi2(z, mask, normalize, center, need_weight)
     return torch_backend.matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram)
+
+
+def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
+    return torch_backend.joint_entropy_fwd(
+        z1, z2, mask, alpha, normalize, center, need_weight, gram
+    )
+
+
+def samples_bwd(grad, z, mask, weight):
+    if z.shape[-2] > z.shape[-1]:
+        return torch_backend.samples_bwd(grad, z, mask, weight)
+    return weight_bwd(grad, z, mask, weight, True, False)
 
 
 def weight_bwd(grad, z, mask, weight, normalize, center):

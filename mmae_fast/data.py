@@ -1,7 +1,7 @@
 """Labelled image sets, decoded once to one uint8 tensor.
 
-Fashion-MNIST, scikit-learn's digits, packed JPEG arrays (``.npz``) and folders of images. Damaged
-or missing files raise ``UserError`` naming the file.
+Fashion-MNIST, CIFAR-10, scikit-learn's digits, packed JPEG arrays (``.npz``) and folders of images.
+Damaged or missing files raise ``UserError`` naming the file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import itertools
 import socket
 import zipfile
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +77,7 @@ class ImageData:
         levels = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
         for channel in self.images.unbind(1):
-            share = torch.bincount(channel.flatten(), minlength=256).double()
+            share = torch.bincount(channel.flatten(), minlength=256).cpu().double()
             share /= share.sum()
             mean.append(float(share @ levels))
             std.append(max(float((share @ levels**2 - mean[-1] ** 2).clamp(min=0).sqrt()), 1 / 255))
@@ -161,15 +163,23 @@ def load_fashion_mnist(split: str, cache: Path) -> ImageData:
 def _download_fashion_mnist(cache: Path) -> None:
     from torchvision.datasets import FashionMNIST
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # torchvision would wait for ever
     try:
-        FashionMNIST(str(cache), download=True)
+        with _impatient():
+            FashionMNIST(str(cache), download=True)
     except (RuntimeError, OSError) as error:
         raise Unavailable(
             f"Fashion-MNIST is not installed at {FASHION_DEBIAN} and cannot be downloaded to "
             f"{cache} ({error}). On Debian or Ubuntu: apt-get install dataset-fashion-mnist"
         ) from error
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Time limit for torchvision's downloads, which would wait for ever."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        yield
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -197,6 +207,23 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
 
 
+# --- CIFAR-10 ------------------------------------------------------------------------------------
+
+
+def load_cifar10(split: str, cache: Path) -> ImageData:
+    """CIFAR-10 (50,000 + 10,000 images of 32x32, RGB) as torchvision downloads and verifies it."""
+    from torchvision.datasets import CIFAR10
+
+    try:
+        with _impatient():
+            data = CIFAR10(str(cache), train=split == "train", download=True)
+    except (RuntimeError, OSError) as error:
+        raise Unavailable(f"CIFAR-10 cannot be downloaded to {cache} ({error})") from error
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    origin = f"CIFAR-10 in {cache} (downloaded by torchvision, MD5 verified)"
+    return ImageData(images, torch.tensor(data.targets), tuple(data.classes), origin)
+
+
 # --- scikit-learn's digits -----------------------------------------------------------------------
 
 
@@ -215,7 +242,7 @@ def load_digits(split: str, cache: Path) -> ImageData:
     return ImageData(images[keep], labels[keep], classes, "scikit-learn's digits (8x8 pixels)")
 
 
-BUILT_IN = {"fashion-mnist": load_fashion_mnist, "digits": load_digits}
+BUILT_IN = {"fashion-mnist": load_fashion_mnist, "cifar10": load_cifar10, "digits": load_digits}
 
 
 def load_demo_data(name: str, cache: Path) -> tuple[str, ImageData, ImageData, str]:

@@ -33,8 +33,8 @@ from mmae_fast.evaluate import (
     linear_probe,
     raw_pixels,
     reconstructions,
-    spectrum,
 )
+from mmae_fast.measures import spectrum
 from mmae_fast.progress import Board, Task
 from mmae_fast.report import COLUMNS, format_cell, save_reconstructions, summarise, write_report
 from mmae_fast.runs import read_metrics, versions
@@ -100,7 +100,16 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> Path:
         tasks = [board.task(METHODS[method][1], parent=whole) for method, _ in runs]
         whole.start((total + PROBE_STEPS) * len(runs))
         results = [
-            run_one(config.out, method, seed, recipe, (train, test), task)
+            run_one(
+                dataclasses.replace(
+                    recipe,
+                    loss=LossConfig(method=method),
+                    seed=seed,
+                    out=config.out / f"{method}-seed{seed}",
+                ),
+                (train, test),
+                task,
+            )
             for (method, seed), task in zip(runs, tasks, strict=True)
         ]
     draw_reconstructions(config, results, test)
@@ -134,31 +143,28 @@ def run_folders(out: Path) -> list[Path]:
 
 
 def run_one(
-    out: Path,
-    method: str,
-    seed: int,
-    recipe: PretrainConfig,
-    data: tuple[ImageData, ImageData],
-    task: Task,
+    config: PretrainConfig, data: tuple[ImageData, ImageData], task: Task
 ) -> dict[str, Any]:
-    """Pretrain and probe one method, or take up what an interrupted demo left of it."""
-    run = out / f"{method}-seed{seed}"
+    """Pretrain and probe one run, or take up what an interrupted one left in its folder."""
+    run, started = config.out, time.perf_counter()
     done = run / "result.json"
     begun = latest_checkpoint(run) is not None
     if not begun:
         shutil.rmtree(run, ignore_errors=True)  # killed before its first checkpoint
-    config = dataclasses.replace(
-        recipe, loss=LossConfig(method=method), seed=seed, out=run, resume=begun
-    )
-    pretrain(config, data, task)
+    pretrain(dataclasses.replace(config, resume=begun), data, task)
     if done.exists():
         task.parent.advance(PROBE_STEPS)
         return json.loads(done.read_text())
     task.say("extracting features")
-    result = {"method": method, "seed": seed, "run": run.name} | probe(run, data, config.device)
-    records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
-    for key in ("images_per_second", "regularizer_share"):
-        result[key] = statistics.median(record[key] for record in records)
+    result = {"method": config.loss.method, "seed": config.seed, "run": run.name}
+    result |= probe(run, data, config.device)
+    records = read_metrics(run / "metrics.jsonl")
+    for key in ("images_per_second", "regularizer_share", "monitor_share"):
+        values = [record[key] for record in records if key in record]
+        if values:
+            result[key] = statistics.median(values)
+    if not begun:  # else it is the time of a part
+        result["seconds"] = time.perf_counter() - started
     done.write_text(json.dumps(result, indent=2) + "\n")
     task.parent.advance(PROBE_STEPS)
     task.say(f"linear probe {result['linear_probe']:.2%}, kNN {result['knn']:.2%}")
@@ -168,7 +174,7 @@ def run_one(
 def probe(run: Path, data: tuple[ImageData, ImageData], device: str) -> dict[str, Any]:
     """Accuracies and spectrum of the final class-token features."""
     model, meta = load_model(run, pick_device(device))
-    mean, std = channel_tensors(meta, model.pos_embed.device)
+    mean, std = channel_tensors(meta, pick_device(device))
     train, test = data
     features = Features(
         extract(model, train.images[:PROBE_TRAIN], mean, std),

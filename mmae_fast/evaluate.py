@@ -1,4 +1,4 @@
-"""What frozen features are worth: linear probe, nearest neighbours, spectrum, reconstructions."""
+"""What frozen features are worth: linear probe, nearest neighbours, reconstructions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmae_fast.augment import MASK, generator, normalise
 from mmae_fast.checkpoint import load_model, pick_device
 from mmae_fast.config import DataConfig, EvalConfig, UserError, VisualizeConfig, from_dict
 from mmae_fast.data import ImageData, load_data
-from mmae_fast.models import MaskedAutoencoder
+from mmae_fast.models import MaskedAutoencoder, TwoBranch
 
 PROBE_PROTOCOL = (
     "Linear probe: multinomial logistic regression on frozen features standardised by the training "
@@ -39,7 +39,7 @@ class Features:
 
 @torch.no_grad()
 def extract(
-    model: MaskedAutoencoder,
+    model: MaskedAutoencoder | TwoBranch,
     images: Tensor,
     mean: Tensor,
     std: Tensor,
@@ -98,12 +98,6 @@ def knn(features: Features, k: int = 20, temperature: float = 0.07) -> tuple[flo
     return correct / len(test), KNN_PROTOCOL.format(k=k, temperature=temperature)
 
 
-def spectrum(features: Tensor) -> Tensor:
-    """Eigenvalues of ``ρ = ẐᵀẐ / n``, largest first; Ẑ ``(n, d)`` scaled to unit rows. Sum: 1."""
-    z = F.normalize(features.double(), dim=1)
-    return torch.linalg.eigvalsh(z.T @ z / len(z)).flip(0).clamp(min=0)
-
-
 def raw_pixels(train: ImageData, test: ImageData, max_train: int | None = None) -> Features:
     """The images themselves as features: what a representation has to beat."""
     return Features(
@@ -147,7 +141,7 @@ def reconstructions(
 class OpenRun:
     """A trained model and the images to evaluate it on."""
 
-    model: MaskedAutoencoder
+    model: MaskedAutoencoder | TwoBranch
     meta: dict[str, Any]
     mean: Tensor  # of each channel of the images that it was trained on
     std: Tensor
@@ -199,6 +193,8 @@ def visualize(config: VisualizeConfig) -> Path:
     from mmae_fast.report import save_reconstructions
 
     run = open_run(config)
+    if not isinstance(run.model, MaskedAutoencoder):
+        raise UserError(f"{config.checkpoint} holds no masked autoencoder: nothing to reconstruct")
     images = (run.test or run.train).images[: config.count]
     original, masked, restored = reconstructions(run.model, images, run.mean, run.std, config.seed)
     rows = {f"reconstructed\n(step {run.meta['step']:,})": restored}

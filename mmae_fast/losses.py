@@ -1,4 +1,4 @@
-"""Losses of masked autoencoders that regularise by matrix entropy.
+"""Losses of masked autoencoders that regularise by matrix entropy; and those of two_branch.py.
 
 Every loss is a number to minimise, computed in float32 whatever autocast says.
 
@@ -10,6 +10,30 @@ from torch import Tensor, nn
 
 from .ops import fast_coding_rate, fast_gram, fast_matrix_entropy
 from .reference import accumulation_dtype
+from .two_branch import (
+    barlow_twins_loss,
+    coding_rate_reduction,
+    emp_ssl_tcr,
+    info_nce_loss,
+    ivne_loss,
+    matrix_alignment_loss,
+    matrix_uniformity_loss,
+    spectral_contrastive_loss,
+)
+
+__all__ = [
+    "MatrixEntropyRegularizer",
+    "barlow_twins_loss",
+    "coding_rate_reduction",
+    "emp_ssl_tcr",
+    "info_nce_loss",
+    "ivne_loss",
+    "matrix_alignment_loss",
+    "matrix_uniformity_loss",
+    "spectral_contrastive_loss",
+    "tcr_loss",
+    "uniformity_loss",
+]
 
 
 def tcr_loss(z: Tensor, mu: float = 1.0, center: bool = False, *, backend: str = "auto") -> Tensor:

@@ -181,15 +181,19 @@ def _positive(name: str, value, allow_inf: bool = False) -> float:
     return value
 
 
-def _validate(z, mask, precision, process_group, backend) -> tuple[Tensor, Tensor | None, str]:
+def _validate_features(name: str, z) -> None:
     if not isinstance(z, Tensor):
-        raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
     if z.dtype not in _DTYPES:
-        raise TypeError(f"z must be float32, float64, bfloat16 or float16, got {z.dtype}")
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}")
     if z.layout != torch.strided:
-        raise TypeError(f"z must be a dense (strided) tensor, got layout {z.layout}")
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {z.layout}")
     if z.dim() < 2:
-        raise ValueError(f"z must have shape (..., n, d), got {tuple(z.shape)}")
+        raise ValueError(f"{name} must have shape (..., n, d), got {tuple(z.shape)}")
+
+
+def _validate(z, mask, precision, process_group, backend) -> tuple[Tensor, Tensor | None, str]:
+    _validate_features("z", z)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__

@@ -114,6 +114,25 @@ def entropy_of_gram(g: Tensor, alpha: float = 1.0) -> Tensor:
     return torch.where(empty, 0, h) + poison
 
 
+def joint_entropy(z1: Tensor, z2: Tensor, alpha: float = 1.0, **rows) -> Tensor:
+    """:func:`matrix_entropy` of the Hadamard product of the two n x n Gram matrices ([2])."""
+    k1, k2 = (gram(z, side="samples", **rows) for z in (z1, z2))
+    return entropy_of_gram(k1 * k2, alpha)
+
+
+def mutual_information(z1: Tensor, z2: Tensor, alpha: float = 1.0, **rows) -> Tensor:
+    """``H(K1) + H(K2) - H(K1 ⊙ K2)`` ([2])."""
+    h1, h2 = (matrix_entropy(z, alpha, **rows) for z in (z1, z2))
+    return h1 + h2 - joint_entropy(z1, z2, alpha, **rows)
+
+
+def matrix_log(q: Tensor) -> Tensor:
+    """Logarithm of a symmetric matrix, its eigenvalues raised to at least eps · lambda_max."""
+    lam, vectors = torch.linalg.eigh(q)
+    lam = torch.maximum(lam, torch.finfo(q.dtype).eps * lam[..., -1:])
+    return (vectors * lam.log().unsqueeze(-2)) @ vectors.mT
+
+
 def effective_rank(z: Tensor, **rows) -> Tensor:
     """``exp(H_1)`` ([3] applied to the Gram spectrum; RankMe uses the singular values of Z)."""
     return matrix_entropy(z, 1.0, **rows).exp()

@@ -34,6 +34,9 @@ COLOURS = {
     "m_mae": "#1f6fb2",
     "von_neumann": "#3a8f5c",
     "renyi": "#9b4f96",
+    "barlow_twins": "#1b8a8f",
+    "spectral": "#c0504d",
+    "simclr": "#8a6d3b",
 }
 STYLE = {
     "font.family": "sans-serif",

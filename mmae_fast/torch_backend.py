@@ -131,7 +131,14 @@ def entropy_of_spectrum(lam: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     return total.squeeze(-1).log() / (1 - alpha), f
 
 
-def entropy_of_gram(g: Tensor, alpha: float, need_weight: bool) -> tuple[Tensor, Tensor | None]:
+def spectral_matrix(vectors: Tensor, f: Tensor) -> Tensor:
+    """``sum_r f_r v_r v_rᵀ``, v_r the columns of ``vectors`` (..., k, k), f (..., k)."""
+    return (vectors * f.unsqueeze(-2)) @ vectors.mT
+
+
+def entropy_of_gram(
+    g: Tensor, alpha: float, need_weight: bool, spectral=spectral_matrix
+) -> tuple[Tensor, Tensor | None]:
     """H_alpha of ``G / tr G`` and ``V = dH/dG``."""
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
     empty = trace == 0
@@ -155,7 +162,7 @@ def entropy_of_gram(g: Tensor, alpha: float, need_weight: bool) -> tuple[Tensor,
         if need_weight:
             lam, vectors = torch.linalg.eigh(g)
             h, f = entropy_of_spectrum(lam / tau.unsqueeze(-1), alpha)
-            v = (vectors * (f / tau.unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT
+            v = spectral(vectors, f / tau.unsqueeze(-1))
         else:
             h, _ = entropy_of_spectrum(torch.linalg.eigvalsh(g) / tau.unsqueeze(-1), alpha)
     h = torch.where(empty, 0, h) + poison
@@ -203,23 +210,32 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
     return value.to(dtype), weight.to(dtype)
 
 
+def in_range(z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z times a factor ``(..., 1, 1)`` that brings its entries to at most 1, and the factor.
+
+    Entropies do not see it; it keeps the squares of unnormalised features in range. W' then carries
+    the square of the factor.
+    """
+    z = z.to(reference.accumulation_dtype(z.dtype))
+    entries = z if mask is None else torch.where(mask.unsqueeze(-1), z, 0)
+    largest = entries.abs().amax((-2, -1), keepdim=True)
+    factor = torch.where((largest == 0) | ~torch.isfinite(largest), 1, 1 / largest)
+    return z * factor, factor
+
+
 @full_precision
-def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram=gram):
+def matrix_entropy_fwd(
+    z, mask, alpha, normalize, center, need_weight, gram=gram, spectral=spectral_matrix
+):
     samples = z.shape[-2] <= z.shape[-1]
     if not min(z.shape[-2:]):
         zero = z.new_zeros(z.shape[:-2], dtype=reference.accumulation_dtype(z.dtype))
         return zero, zero.new_zeros((*zero.shape, 0, 0)) if need_weight else None
     factor = None
     if not normalize:
-        # Entropies do not see a common factor: bring the entries to at most 1, so that their
-        # squares stay in range. W' then carries the square of the factor (or comes out of `fold`).
-        z = z.to(reference.accumulation_dtype(z.dtype))
-        entries = z if mask is None else torch.where(mask.unsqueeze(-1), z, 0)
-        largest = entries.abs().amax((-2, -1), keepdim=True)
-        factor = torch.where((largest == 0) | ~torch.isfinite(largest), 1, 1 / largest)
-        z = z * factor
+        z, factor = in_range(z, mask)
     parts = gram(z, mask, samples, normalize, center)
-    h, v = entropy_of_gram(parts.gram, alpha, need_weight)
+    h, v = entropy_of_gram(parts.gram, alpha, need_weight, spectral)
     if not need_weight:
         return h, None
     weight = fold(v, parts, z, mask, samples, normalize, center)
@@ -227,12 +243,52 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram=gram
 
 
 @full_precision
+def gram_entropy_fwd(g, alpha, need_weight, spectral=spectral_matrix):
+    """H_alpha of a ready Gram matrix ``(..., k, k)``, and V."""
+    if not g.shape[-1]:
+        return g.new_zeros(g.shape[:-2]), torch.zeros_like(g) if need_weight else None
+    return entropy_of_gram(g, alpha, need_weight, spectral)
+
+
+@full_precision
+def joint_entropy_fwd(
+    z1, z2, mask, alpha, normalize, center, need_weight, gram=gram, spectral=spectral_matrix
+):
+    """H_alpha of K1 ⊙ K2, and the two n x n weights W' of ``samples_bwd``.
+
+    With V = dH / d(K1 ⊙ K2): dH/dK1 = V ⊙ K2 and dH/dK2 = V ⊙ K1, each folded like any other V.
+    """
+    views, parts, factors = [], [], []
+    for z in (z1, z2):
+        if not z.shape[-1]:  # no features: K = 0
+            z = z.new_zeros((*z.shape[:-1], 1))
+        z, factor = (z, None) if normalize or not z.shape[-2] else in_range(z, mask)
+        views.append(z)
+        factors.append(factor)
+        parts.append(gram(z, mask, True, normalize, center))
+    value, v = gram_entropy_fwd(parts[0].gram * parts[1].gram, alpha, need_weight, spectral)
+    if not need_weight:
+        return value, None, None
+    weights = []
+    for z, own, other, factor in zip(views, parts, reversed(parts), factors, strict=True):
+        weight = fold(v * other.gram, own, z, mask, True, normalize, center)
+        weights.append(weight if factor is None else weight * factor * factor)
+    return value, *weights
+
+
+@full_precision
+def samples_bwd(grad, z, mask, weight) -> Tensor:
+    """Gradient of z ``(..., n, d)``, z's dtype, from grad ``(...)`` and weight ``(..., n, n)``."""
+    raw, _ = row_scale(z, mask, False)
+    return (weight * grad[..., None, None] @ raw).to(z.dtype)
+
+
+@full_precision
 def weight_bwd(grad, z, mask, weight, normalize, center) -> Tensor:
     """Gradient of z ``(..., n, d)``, z's dtype, from grad ``(...)`` and weight ``(..., k, k)``."""
-    weight = weight * grad[..., None, None]
     if z.shape[-2] <= z.shape[-1]:
-        raw, _ = row_scale(z, mask, False)
-        return (weight @ raw).to(z.dtype)
+        return samples_bwd(grad, z, mask, weight)
+    weight = weight * grad[..., None, None]
     x, scale, mean = prepared(z, mask, normalize, center)
     y = x @ weight
     if normalize:
@@ -255,3 +311,32 @@ def gram_bwd(grad, z, mask, parts: GramParts, samples, normalize, center) -> Ten
         x = x + mean.unsqueeze(-2)
         y = (y - (x * y).sum(-1, keepdim=True) * x) * scale.unsqueeze(-1)
     return (y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)).to(z.dtype)
+
+
+@full_precision
+def matrix_log_fwd(q) -> tuple[Tensor, Tensor, Tensor]:
+    """log Q, and the eigenvalues (raised to eps · lambda_max) and eigenvectors it is made of.
+
+    NaN where Q has NaN or Inf.
+    """
+    if not q.shape[-1]:
+        return q, q.new_zeros(q.shape[:-1]), q
+    poison = (q - q).sum((-2, -1))[..., None, None]
+    lam, vectors = torch.linalg.eigh(torch.where(poison == 0, q, 0))
+    lam = torch.maximum(lam, torch.finfo(q.dtype).eps * lam[..., -1:])
+    log = (vectors * lam.log().unsqueeze(-2)) @ vectors.mT
+    return log.tril() + log.tril(-1).mT + poison, lam, vectors
+
+
+@full_precision
+def matrix_log_bwd(grad, log, lam, vectors) -> Tensor:
+    """Gradient of Q from that of log Q: U (D ⊙ Uᵀ grad U) Uᵀ with the divided differences D of log.
+
+    D_ij = (log a - log b) / (a - b) = log1p(t) / t / b with t = (a - b) / b, and 1 / b at a = b.
+    """
+    a, b = lam.unsqueeze(-1), lam.unsqueeze(-2)
+    a, b = torch.maximum(a, b), torch.minimum(a, b)
+    t = (a - b) / b
+    ratio = torch.where(t == 0, 1, torch.log1p(t) / torch.where(t == 0, 1, t)) / b
+    inner = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
+    return vectors @ (ratio * inner) @ vectors.mT + (log - log)

@@ -1,4 +1,4 @@
-"""Pretraining of masked autoencoders: MAE, and MAE with a matrix-entropy regulariser.
+"""Pretraining: masked autoencoders, with or without a regulariser, and two-branch methods.
 
 A run folder holds ``config.json`` (configuration, data, versions), ``metrics.jsonl`` and
 ``checkpoints/``. Batches, augmentations and masks are functions of the seed and the step, so that
@@ -12,6 +12,8 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,19 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from mmae_fast import fast_matrix_entropy
-from mmae_fast.augment import Batches, normalise
+from mmae_fast import fast_matrix_entropy, losses
+from mmae_fast.augment import VIEWS, Batches, generator, normalise, two_views
 from mmae_fast.checkpoint import latest_checkpoint, load_state, pick_device, save_checkpoint
 from mmae_fast.config import METHODS, LossConfig, PretrainConfig, UserError, to_dict
 from mmae_fast.data import ImageData, load_data
 from mmae_fast.losses import MatrixEntropyRegularizer
-from mmae_fast.models import MaskedAutoencoder, build_model
+from mmae_fast.measures import shared_information
+from mmae_fast.models import MaeOutput, MaskedAutoencoder, TwoBranch, build_model
 from mmae_fast.progress import Board, Task
 from mmae_fast.runs import MetricsFile, check_same_run, create_run
 
 HELD_OUT = 512  # test images whose features the entropy curves describe
+MONITORED = 256  # test images whose two views the information curves describe
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,8 +73,8 @@ def pretrain(
     peak_lr = config.base_lr * config.batch_size / 256
 
     torch.manual_seed(config.seed)
-    model = build_model(config.model, train.img_size, train.in_chans).to(device)
-    regularizer = build_regularizer(config.loss)
+    model = build_model(config, train.img_size, train.in_chans).to(device)
+    objective = build_objective(config.loss)
     optimizer = torch.optim.AdamW(
         param_groups_weight_decay(model, config.weight_decay),
         lr=peak_lr,
@@ -78,70 +82,79 @@ def pretrain(
         fused=True,
     )
     meta = describe(config, train, test)
-    start, sums = 0, torch.zeros(3, device=device)
+    start, sums = 0, torch.zeros(1 + len(objective.terms), device=device)
     if config.resume:
         start, sums = restore(config, meta, model, optimizer)
+        sums = sums.to(device)
     else:
         create_run(config, meta["data"])
     metrics = MetricsFile(config.out / "metrics.jsonl", start)
 
     mean, std = (torch.tensor(meta["data"][key], device=device) for key in ("mean", "std"))
-    batches = Batches(train.images, mean, std, model.patch_embed.num_patches, config)
-    held_out = normalise((test or train).images[:HELD_OUT].to(device), mean, std)
+    batches = Batches(train.images, mean, std, config)
+    held_out = (test or train).images[:HELD_OUT].to(device)
+    rng = generator(device, config.seed, VIEWS)
+    views = two_views(held_out[:MONITORED], mean, std, rng, config)
+    held_out = normalise(held_out, mean, std)
     if start == 0:
-        metrics.write({"step": 0, "epoch": 0.0, **feature_metrics(model, held_out)})
+        record = {"step": 0, "epoch": 0.0, **feature_metrics(model, held_out)}
+        metrics.write(record | (view_metrics(model, views) if config.monitor_every else {}))
 
     task.start(total_steps, start)
+    monitor_seconds: list[float] = []
     summed_from, timed_from, clock = start - start % config.log_every, start, time.perf_counter()
     with StopOnSignal() as stop:
         for step in range(start, total_steps):
-            imgs, noise = batches(step)
+            inputs = batches(step)
             lr = learning_rate(step, peak_lr, warmup_steps, total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                out = model(imgs, noise)
-            penalty = regularizer(out.features)
-            loss = out.loss + penalty
+                out = model(*inputs)
+            terms = objective(out)
+            loss = sum(terms)
             loss.backward()
             if config.clip_grad is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
             # Summed on the device: to read a number here would make the host wait at every step.
-            sums += torch.stack([loss, out.loss, penalty]).detach()
+            sums += torch.stack([loss, *terms]).detach()
             done = step + 1
             task.advance()
 
-            if done % config.log_every == 0 or done == total_steps:
-                total, recon, reg = (sums / (done - summed_from)).tolist()
+            log_due = done % config.log_every == 0 or done == total_steps
+            monitor_due = config.monitor_every and (
+                done % config.monitor_every == 0 or done == total_steps
+            )
+            if log_due or monitor_due:
+                _synchronise(device)
                 seconds = (time.perf_counter() - clock) / (done - timed_from)
-                entropies = feature_metrics(model, held_out)
-                share = regularizer_seconds(regularizer, out.features) / seconds
-                metrics.write(
-                    {
-                        "step": done,
-                        "epoch": done / steps_per_epoch,
-                        "loss": total,
-                        "recon_loss": recon,
-                        "regularizer": reg,
-                        **entropies,
-                        "lr": lr,
-                        "images_per_second": config.batch_size / seconds,
-                        "regularizer_share": share,
-                    }
-                )
-                task.say(
-                    f"loss {total:.3f}, effective rank {entropies['effective_rank']:.1f}, "
-                    f"{config.batch_size / seconds:,.0f} img/s"
-                )
+                record = {"step": done, "epoch": done / steps_per_epoch}
+            if log_due:
+                total, *parts = (sums / (done - summed_from)).tolist()
+                record |= {"loss": total} | dict(zip(objective.terms, parts, strict=True))
+                record |= feature_metrics(model, held_out)
+                record |= {"lr": lr, "images_per_second": config.batch_size / seconds}
+                record |= objective.share(out, seconds)
+            if monitor_due:
+                before = time.perf_counter()
+                record |= view_metrics(model, views)
+                monitor_seconds.append(time.perf_counter() - before)
+                spent = statistics.median(monitor_seconds) / config.monitor_every
+                record["monitor_share"] = spent / (spent + seconds)
+            if log_due or monitor_due:
+                metrics.write(record)
+                timed_from, clock = done, time.perf_counter()
+            if log_due:
+                task.say(progress_note(record))
                 if not math.isfinite(total):
                     raise UserError(
                         f"the loss is {total} at step {done}; lower --base-lr or set --clip-grad "
                         f"(last checkpoint: {latest_checkpoint(config.out)})"
                     )
                 sums.zero_()
-                summed_from, timed_from, clock = done, done, time.perf_counter()
+                summed_from = done
 
             save_due = done % (config.save_every * steps_per_epoch) == 0 or done == total_steps
             if save_due or stop.requested:
@@ -160,6 +173,18 @@ def check(config: PretrainConfig) -> None:
             raise UserError(f"{name} must be > 0, got {getattr(config, name)}")
     if not 0 < config.min_crop <= 1:
         raise UserError(f"min_crop must be in (0, 1], got {config.min_crop}")
+    if config.monitor_every < 0:
+        raise UserError(f"monitor_every must be >= 0, got {config.monitor_every}")
+    if not config.two_branch.jitter >= 0:
+        raise UserError(f"two_branch.jitter must be >= 0, got {config.two_branch.jitter}")
+    if not 0 <= config.two_branch.grey <= 1:
+        raise UserError(f"two_branch.grey must be in [0, 1], got {config.two_branch.grey}")
+    two_branch = METHODS[config.loss.method][0] is None
+    if two_branch and config.batch_size < 2:
+        raise UserError(f"two branches need batch_size >= 2, got {config.batch_size}")
+    for name in ("temperature", "lambd"):
+        if two_branch and not getattr(config.loss, name) > 0:
+            raise UserError(f"loss.{name} must be > 0, got {getattr(config.loss, name)}")
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
@@ -168,6 +193,49 @@ def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class MaskedObjective:
+    """Loss terms of a masked autoencoder: reconstruction, regulariser of the class token."""
+
+    terms = ("recon_loss", "regularizer")
+
+    def __init__(self, config: LossConfig) -> None:
+        self.regularizer = build_regularizer(config)
+
+    def __call__(self, out: MaeOutput) -> tuple[Tensor, Tensor]:
+        return out.loss, self.regularizer(out.features)
+
+    def share(self, out: MaeOutput, step_seconds: float) -> dict[str, float]:
+        """Part of a step that the regulariser's forward and backward pass take."""
+        return {
+            "regularizer_share": regularizer_seconds(self.regularizer, out.features) / step_seconds
+        }
+
+
+class TwoBranchObjective:
+    """The loss of two branches, of the projections of two views."""
+
+    terms = ("two_branch_loss",)
+
+    def __init__(self, config: LossConfig) -> None:
+        self.loss: Callable[[Tensor, Tensor], Tensor] = {
+            "barlow_twins": partial(losses.barlow_twins_loss, lambd=config.lambd),
+            "spectral": partial(losses.spectral_contrastive_loss, mu=config.mu),
+            "simclr": partial(losses.info_nce_loss, temperature=config.temperature),
+        }[config.method]
+
+    def __call__(self, out: tuple[Tensor, Tensor]) -> tuple[Tensor]:
+        return (self.loss(*out),)
+
+    def share(self, out: tuple[Tensor, Tensor], step_seconds: float) -> dict[str, float]:
+        return {}  # the loss is all there is
+
+
+def build_objective(config: LossConfig) -> MaskedObjective | TwoBranchObjective:
+    """What turns a model's output into the terms whose sum is minimised."""
+    two_branch = METHODS[config.method][0] is None
+    return TwoBranchObjective(config) if two_branch else MaskedObjective(config)
 
 
 def build_regularizer(config: LossConfig) -> MatrixEntropyRegularizer:
@@ -197,7 +265,7 @@ def describe(config: PretrainConfig, train: ImageData, test: ImageData | None) -
 def restore(
     config: PretrainConfig,
     meta: dict[str, Any],
-    model: MaskedAutoencoder,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> tuple[int, Tensor]:
     """Load the last checkpoint of the run; return the steps done and the sums of the losses."""
@@ -207,20 +275,54 @@ def restore(
         raise UserError(f"{config.out} has no checkpoint yet; remove it and start again")
     state = load_state(folder, model)
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["sums"].to(model.pos_embed.device)
+    return state["step"], state["sums"]
 
 
 @torch.no_grad()
-def feature_metrics(model: MaskedAutoencoder, images: Tensor) -> dict[str, float]:
-    """Matrix entropy H_1 (nats) and effective rank of the class tokens of unmasked images.
+def feature_metrics(model: MaskedAutoencoder | TwoBranch, images: Tensor) -> dict[str, float]:
+    """Matrix entropy H_1 (nats) and effective rank of the encoder's features of whole images.
 
-    Of ``ρ = ẐᵀẐ / n``, Ẑ the features scaled to unit norm and not centred: the matrix that the
-    regulariser sees, here without masks.
+    Of ``ρ = ẐᵀẐ / n``, Ẑ the features (class tokens) scaled to unit norm and not centred: the
+    matrix that the regulariser sees, here without masks.
     """
     model.eval()
     entropy = fast_matrix_entropy(model.forward_features(images)).item()
     model.train()
     return {"matrix_entropy": entropy, "effective_rank": math.exp(entropy)}
+
+
+@torch.no_grad()
+def view_metrics(
+    model: MaskedAutoencoder | TwoBranch, views: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Entropies and mutual information of two fixed views of held-out images, see ``measures``.
+
+    ``backbone_…`` are of the encoder's features, ``projector_…`` of the projections, where there
+    is a projector. In evaluation mode: BatchNorm with its running statistics.
+    """
+    model.eval()
+    features = {"backbone": [model.forward_features(view) for view in views]}
+    if isinstance(model, TwoBranch):
+        features["projector"] = [model.projector(h) for h in features["backbone"]]
+    model.train()
+    return {
+        f"{part}_{name}": value
+        for part, (z1, z2) in features.items()
+        for name, value in shared_information(z1, z2).items()
+    }
+
+
+def progress_note(record: dict[str, float]) -> str:
+    """The gist of a line of metrics.jsonl, beside the bar."""
+    note = (
+        f"loss {record['loss']:.3f}, effective rank {record['effective_rank']:.1f}, "
+        f"{record['images_per_second']:,.0f} img/s"
+    )
+    if "monitor_share" in record:
+        part = "projector" if "projector_entropy_1" in record else "backbone"
+        mutual = record[f"{part}_mutual_information_1"]
+        note += f", mutual information {mutual:.2f}, monitoring {record['monitor_share']:.2%}"
+    return note
 
 
 def regularizer_seconds(regularizer: nn.Module, features: Tensor, repeats: int = 3) -> float:

@@ -16,8 +16,8 @@ from mmae_fast.evaluate import (
     linear_probe,
     raw_pixels,
     reconstructions,
-    spectrum,
 )
+from mmae_fast.measures import spectrum
 from mmae_fast.models import MaskedAutoencoder
 
 

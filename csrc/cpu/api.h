@@ -39,14 +39,26 @@ struct Threads {
 // gradient is wanted.
 struct Kernels {
   const char* name;
-  int64_t max_eigen;  // largest k that `entropy` accepts unless alpha is 2
+  int64_t max_eigen;                                // largest k of the eigensolver
+  bool (*serves_entropy)(double alpha, int64_t k);  // whether the entropies accept them
   void (*coding_rate)(const Features&, double scale, void* value, void* weight, Threads);
   void (*entropy)(const Features&, double alpha, void* value, void* weight, Threads);
+  // Of K1 ⊙ K2 (n x n): two views of the same batch, rows and dtype; weights (batch, n, n).
+  void (*joint_entropy)(const Features&, const Features&, double alpha, void* value, void* weight1,
+                        void* weight2, Threads);
+  // sum_r f_r v_r v_rᵀ, (batch, k, k), from the eigenvectors v_r, the rows of `vectors`, and f
+  // (batch, k): for matrices whose eigenvectors a library found. float32 or float64.
+  void (*spectral)(DType, int64_t batch, int64_t k, const void* vectors, const void* f, void* out,
+                   Threads);
   // The full symmetric Gram matrix of the given side, with 1 / row norm (batch, n) and the mean
   // row (batch, d) that were applied (mean: zeros unless centred).
   void (*gram)(const Features&, bool samples, void* gram, void* inverse_norm, void* mean, Threads);
-  void (*weight_bwd)(const Features&, const void* grad, const void* weight, void* grad_z,
-                     Threads);
+  // Gradient of z from that of the Gram matrix, given what `gram` returned.
+  void (*gram_bwd)(const Features&, bool samples, const void* grad, const void* gram,
+                   const void* inverse_norm, const void* mean, void* grad_z, Threads);
+  // From a weight of the given side.
+  void (*weight_bwd)(const Features&, bool samples, const void* grad, const void* weight,
+                     void* grad_z, Threads);
 };
 
 const Kernels& kernels_baseline();

@@ -133,8 +133,7 @@ void rotate_rows(T* vt, int64_t lda, int64_t width, const double* c, const doubl
                  int64_t last) {
   constexpr int VL = kLanes<T>;
   int64_t j = 0;
-  for (; j + 4 * VL <= width; j += 4 * VL)
-    rotate_columns<T, 4>(vt + j, lda, c, s, first, last);
+  for (; j + 4 * VL <= width; j += 4 * VL) rotate_columns<T, 4>(vt + j, lda, c, s, first, last);
   const int64_t rest = (width - j) / VL;
   if (rest == 3) rotate_columns<T, 3>(vt + j, lda, c, s, first, last);
   if (rest == 2) rotate_columns<T, 2>(vt + j, lda, c, s, first, last);

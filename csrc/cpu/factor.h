@@ -1,5 +1,5 @@
 // log det (I + X) and (I + X)⁻¹ of a symmetric positive semidefinite X, in place, by the block
-// sweep operator. Included inside an instruction-set namespace after gemm.h.
+// sweep operator. Included inside an instruction-set namespace after plan.h.
 //
 // Sweeping block b of a symmetric A with A_bb = L D Lᵀ, R = A_b,:, Y = L⁻¹ R and P = A_bb⁻¹ R:
 //     A_ij -= Y_iᵀ D⁻¹ Y_j (i, j outside b),   A_b,: = P,   A_:,b = Pᵀ,   A_bb = -A_bb⁻¹.
@@ -14,9 +14,10 @@
 // For the same reason the inverse of a small X comes without its identity (`offset`); of a large X
 // it would be (I + X)⁻¹ - I that loses digits.
 
-// L D Lᵀ of I + X for a block X (MR x MR, its upper triangle): unit lower l, inverse[p] = 1 / D_p. Adds the logs of the
-// pivots D_p to *log_det; returns false at a pivot that cannot be one of I + X, which are at least
-// 1 (NaN included): a float32 pivot much below 1 tells that rounding of X has swamped the identity.
+// L D Lᵀ of I + X for a block X (MR x MR, its upper triangle): unit lower l, inverse[p] = 1 / D_p.
+// Adds the logs of the pivots D_p to *log_det; returns false at a pivot that cannot be one of I +
+// X, which are at least 1 (NaN included): a float32 pivot much below 1 tells that rounding of X has
+// swamped the identity.
 template <class T>
 inline bool factor_block(const T* x, int64_t ld, T* l, T* inverse, double* log_det) {
   typedef T Row __attribute__((vector_size(MR * sizeof(T))));
@@ -76,13 +77,12 @@ inline void subtract_product(int64_t depth, const T* a, int64_t lda, const T* b,
                              int64_t ldc, int64_t first, int64_t last) {
   if (depth == 0) return;
   for (int64_t j = first; j < last; j += NR<T>)
-    tile_of_width<T, kColumns, Write::kSubtract>(
-        int(std::min<int64_t>(NV, (last - j) / kLanes<T>)), depth, a, lda, b + j, ldb, c + j, ldc);
+    tile_of_width<T, kColumns, Write::kSubtract>(int(std::min<int64_t>(NV, (last - j) / kLanes<T>)),
+                                                 depth, a, lda, b + j, ldb, c + j, ldc);
 }
 
-// The factor L D Lᵀ of I + F for a diagonal block F of h <= kSweepMax rows: the diagonal tiles of L,
-// the inverses of D, and D⁻¹ L⁻¹ (I + F) = Lᵀ in `lt` (its tiles right of the diagonal).
-constexpr int64_t kSweepMax = 96;  // a multiple of MR and of the vector length
+// The factor L D Lᵀ of I + F for a diagonal block F of h <= kSweepMax rows: the diagonal tiles of
+// L, the inverses of D, and D⁻¹ L⁻¹ (I + F) = Lᵀ in `lt` (its tiles right of the diagonal).
 
 template <class T>
 struct BlockFactor {
@@ -134,12 +134,6 @@ struct BlockFactor {
   }
 };
 
-// Rows swept at once: many make the update a deep product, few keep the solves (2 block / k of it)
-// cheap. Measured on AVX-512.
-inline int64_t sweep_rows(int64_t k) {
-  return k <= 96 ? MR : k <= 256 ? 16 : k <= 512 ? 32 : k <= 1024 ? 48 : kSweepMax;
-}
-
 // a: the upper triangle of X, with zero rows and columns up to whole tiles; leading dimension lda a
 // multiple of the vector length; destroyed. With `invert` its lower triangle becomes
 // offset I - (I + X)⁻¹. Returns log det (I + X), NaN where I + X is not positive definite.
@@ -170,7 +164,8 @@ double sweep(T* a, int64_t k, int64_t lda, bool invert, bool offset, const Execu
         if (!invert) continue;
         const int64_t own = std::min(end, c1);
         if (offset)
-          for (int64_t j = std::max(b, c0); j < std::min(b + i, own); ++j) r[j] = a[j * lda + b + i];
+          for (int64_t j = std::max(b, c0); j < std::min(b + i, own); ++j)
+            r[j] = a[j * lda + b + i];
         else
           for (int64_t j = std::max(b, c0); j < own; ++j) r[j] = T(b + i == j);
       }

@@ -1,4 +1,5 @@
-// Matrix products on packed panels. Included inside an instruction-set namespace after simd.h and threads.h.
+// Matrix products on packed panels. Included inside an instruction-set namespace after simd.h and
+// threads.h.
 //
 // One register tile of MR x NR outputs serves every product of the project: the Gram matrix, the
 // rank-MR updates of the factorisation, and the backward product. The right operand B is stored as
@@ -14,13 +15,13 @@ constexpr int MR = 4, NV = 2;
 template <class T>
 constexpr int NR = NV * kLanes<T>;
 
-enum class Write { kSet, kAdd, kSubtract, kStream };  // kStream: kSet past the caches
+enum class Write { kSet, kAdd, kSubtract, kScale, kStream };  // kStream: kScale past the caches
 
-// c[i][j] (=, +=, -=) sum_k a(i, k) b[k * ldb + j] for MR rows and V vectors of columns.
+// c[i][j] (=, +=, -=, = scale ·) sum_k a(i, k) b[k * ldb + j] for MR rows and V vectors of columns.
 // kColumns: a(i, k) = a[k * lda + i] (a panel); otherwise a(i, k) = a[i * lda + k] (rows).
 template <class T, int V, bool kColumns, Write kWrite>
-inline void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                 int64_t ldc) {
+inline void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+                 T scale = 1) {
   Vec<T> acc[MR][V];
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
@@ -36,7 +37,8 @@ inline void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb
     for (int v = 0; v < V; ++v) {
       T* p = c + i * ldc + v * kLanes<T>;
       if constexpr (kWrite == Write::kSet) store(p, acc[i][v]);
-      if constexpr (kWrite == Write::kStream) stream(p, acc[i][v]);
+      if constexpr (kWrite == Write::kScale) store(p, splat(scale) * acc[i][v]);
+      if constexpr (kWrite == Write::kStream) stream(p, Vec<T>(splat(scale) * acc[i][v]));
       if constexpr (kWrite == Write::kAdd) store(p, load(p) + acc[i][v]);
       if constexpr (kWrite == Write::kSubtract) store(p, load(p) - acc[i][v]);
     }
@@ -45,11 +47,11 @@ inline void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb
 // The same for a width given at run time, in vectors, 1..NV.
 template <class T, bool kColumns, Write kWrite>
 inline void tile_of_width(int vectors, int64_t depth, const T* a, int64_t lda, const T* b,
-                          int64_t ldb, T* c, int64_t ldc) {
-  if (vectors == NV) return tile<T, NV, kColumns, kWrite>(depth, a, lda, b, ldb, c, ldc);
+                          int64_t ldb, T* c, int64_t ldc, T scale = 1) {
+  if (vectors == NV) return tile<T, NV, kColumns, kWrite>(depth, a, lda, b, ldb, c, ldc, scale);
   if constexpr (NV >= 3)
-    if (vectors == 2) return tile<T, 2, kColumns, kWrite>(depth, a, lda, b, ldb, c, ldc);
-  tile<T, 1, kColumns, kWrite>(depth, a, lda, b, ldb, c, ldc);
+    if (vectors == 2) return tile<T, 2, kColumns, kWrite>(depth, a, lda, b, ldb, c, ldc, scale);
+  tile<T, 1, kColumns, kWrite>(depth, a, lda, b, ldb, c, ldc, scale);
 }
 
 // Columns [j0, j0 + NR) of the upper triangle of G (k x k, leading dimension ldg): G (+)= Bᵀ B, B
@@ -105,8 +107,8 @@ inline void mirror(T* g, int64_t k, int64_t ldg, const Executor& executor) {
       for (int i = 0; i < VL; ++i) x[i] = y[i] = load(diagonal + i * ldg);
       transpose_block<T>(y);
       for (int i = 0; i < VL; ++i)
-        store(diagonal + i * ldg, kFromUpper ? lanes_above<T>(x[i], y[i], i - 1)
-                                             : lanes_above<T>(y[i], x[i], i));
+        store(diagonal + i * ldg,
+              kFromUpper ? lanes_above<T>(x[i], y[i], i - 1) : lanes_above<T>(y[i], x[i], i));
       for (int64_t j0 = i0 + VL; j0 < k; j0 += VL) {
         T *upper = g + i0 * ldg + j0, *lower = g + j0 * ldg + i0;
         if constexpr (kFromUpper)

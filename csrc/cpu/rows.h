@@ -1,5 +1,5 @@
 // From a strided feature matrix of any storage type to packed panels of prepared rows (normalised,
-// masked, centred). Included inside an instruction-set namespace after gemm.h.
+// masked, centred). Included inside an instruction-set namespace after plan.h.
 //
 // Nothing here copies the batch: a matrix is read where it lies, a few rows or one block of the
 // product's depth at a time, into panels that the cache holds.
@@ -89,12 +89,6 @@ inline double dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
-// Where a sum of squares is exact enough: nothing of weight has vanished or overflowed.
-template <class T>
-constexpr double kSquareLow = sizeof(T) == 4 ? 1e-30 : 1e-280;
-template <class T>
-constexpr double kSquareHigh = sizeof(T) == 4 ? 1e37 : 1e300;
-
 // 1 / ||x||; 0 for a zero row; NaN for a row with NaN or Inf.
 template <class T>
 inline T inverse_norm(const T* x, int64_t n) {
@@ -176,8 +170,8 @@ T power_of_two_scale(const Rows<S, T>& rows) {
 
 // Panel [j0, j0 + NR) of Zᵀ-as-right-operand on the samples side: rows j0.. of z become columns,
 // depth runs over features [c0, c1). dst: (c1 - c0) x NR. buffer: kLanes x (c1 - c0) rounded up.
-// With `squares` (n, to whole vectors) rows stay raw, dropped ones still become zero, and the sums of
-// their squares are set at c0 = 0 and added to after.
+// With `squares` (n, to whole vectors) rows stay raw, dropped ones still become zero, and the sums
+// of their squares are set at c0 = 0 and added to after.
 template <class S, class T>
 void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squares, int64_t j0,
                   int64_t c0, int64_t c1, T* dst, T* buffer) {

@@ -1,0 +1,485 @@
+// Matrix entropies H_alpha(G / tr G): from eigenvalues, from powers (integer alpha), from the
+// Frobenius norm (alpha = 2); matrix by matrix, and small ones in the vector lanes. Included inside
+// an instruction-set namespace after lanes_eigen.h.
+
+// V of H_2 = 2 log tr G - log ||G||²: 2/tau I - 2 G / ||G||².
+template <class T>
+double renyi2(const T* g, int64_t k, int64_t ldg, double tau, T* v) {
+  constexpr int VL = kLanes<T>;
+  double square = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    const T* row = g + i * ldg;
+    const int64_t first = i / VL * VL;
+    const Vec<T> x = lanes_above<T>(load(row + first), Vec<T>{}, int(i - first));
+    Vec<T> sum = x * x;
+    for (int64_t j = first + VL; j < k; j += VL) sum += load(row + j) * load(row + j);
+    square += 2 * double(reduce_add<T>(sum)) + double(row[i]) * row[i];
+  }
+  if (v) {
+    const Vec<T> factor = splat(T(-2 / square));
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t j = 0; j < ldg; j += VL) store(v + i * ldg + j, factor * load(g + i * ldg + j));
+      v[i * ldg + i] += T(2 / tau);
+    }
+  }
+  return 2 * std::log(tau) - std::log(square);
+}
+
+// H_alpha from the eigenvalues lam of rho, and f with V = 1/tau sum_r f_r v_r v_rᵀ.
+template <class T>
+double entropy_of_spectrum(const double* lam, int64_t k, double alpha, T* f) {
+  const double largest = *std::max_element(lam, lam + k);
+  // Eigenvalues below the rounding of T are noise around zero: values treat them as they are,
+  // f, which is singular at zero, treats them as this.
+  const double floor = 0.1 * largest * double(std::numeric_limits<T>::epsilon());
+  double sum = 0;
+  if (alpha == 1) {
+    for (int64_t r = 0; r < k; ++r)
+      if (lam[r] > 0) sum -= lam[r] * std::log(lam[r]);
+    if (f)
+      for (int64_t r = 0; r < k; ++r) f[r] = T(-(std::log(std::max(lam[r], floor)) + sum));
+    return sum;
+  }
+  if (std::isinf(alpha)) {
+    if (f)
+      for (int64_t r = 0; r < k; ++r)
+        f[r] = T(lam + r == std::max_element(lam, lam + k) ? 1 - 1 / largest : 1);
+    return -std::log(largest);
+  }
+  for (int64_t r = 0; r < k; ++r)
+    if (lam[r] > 0) sum += std::pow(lam[r], alpha);
+  if (f)
+    for (int64_t r = 0; r < k; ++r)
+      f[r] = T(alpha / (1 - alpha) * (std::pow(std::max(lam[r], floor), alpha - 1) / sum - 1));
+  return std::log(sum) / (1 - alpha);
+}
+
+// out = pᵀ q where that is symmetric, as for symmetric p and q that commute; full. Columns past k
+// are zero in p.
+template <class T>
+void symmetric_product(const T* p, const T* q, int64_t k, int64_t ld, T* out,
+                       const Executor& executor) {
+  Memory memory;
+  const int64_t rows = round_up(k, MR), panels = ceil_div(k, NR<T>);
+  T* left = memory.take<T>(rows * rows);  // tiles of MR columns, row after row
+  executor.run(rows / MR, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t r = 0; r < k; ++r)
+        std::memcpy(left + (t * rows + r) * MR, p + r * ld + t * MR, MR * sizeof(T));
+  });
+  const auto columns = [&](int64_t panel) {
+    Memory inner;
+    T* right = inner.take<T>(kTileDepth * NR<T>);
+    const int64_t j0 = panel * NR<T>;
+    const int vectors = int(std::min<int64_t>(NV, (ld - j0) / kLanes<T>));
+    for (int64_t at = 0; at < k; at += kTileDepth) {
+      const int64_t depth = std::min(kTileDepth, k - at);
+      for (int64_t r = 0; r < depth; ++r)
+        for (int v = 0; v < vectors; ++v)
+          store(right + r * NR<T> + v * kLanes<T>, load(q + (at + r) * ld + j0 + v * kLanes<T>));
+      for (int64_t i = 0; i < std::min(j0 + NR<T>, rows); i += MR) {
+        const T* a = left + i * rows + at * MR;
+        T* to = out + i * ld + j0;
+        if (at == 0)
+          tile_of_width<T, true, Write::kSet>(vectors, depth, a, MR, right, NR<T>, to, ld);
+        else
+          tile_of_width<T, true, Write::kAdd>(vectors, depth, a, MR, right, NR<T>, to, ld);
+      }
+    }
+  };
+  // Columns of the triangle lengthen: each thread takes panels from both ends.
+  executor.run(ceil_div(panels, 2), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      columns(t);
+      if (panels - 1 - t != t) columns(panels - 1 - t);
+    }
+  });
+  std::memset(out + rows * ld, 0, size_t((ld - rows) * ld) * sizeof(T));
+  mirror<T, true>(out, k, ld, executor);
+}
+
+// v = factor · sum_r f_r v_r v_rᵀ with v_r the rows of vt; full.
+template <class T>
+void spectral_matrix(const T* vt, const T* f, T factor, int64_t k, int64_t ld, T* v,
+                     const Executor& executor) {
+  Memory memory;
+  T* left = memory.take<T>(k * ld);
+  executor.run(k, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Vec<T> scale = splat(factor * f[r]);
+      for (int64_t j = 0; j < ld; j += kLanes<T>)
+        store(left + r * ld + j, scale * load(vt + r * ld + j));
+    }
+  });
+  symmetric_product(left, vt, k, ld, v, executor);
+}
+
+// b to a power >= 1, by squaring; the result is b or lies in `memory`.
+template <class T>
+const T* matrix_power(const T* b, int64_t exponent, int64_t k, int64_t ld, Memory& memory,
+                      const Executor& executor) {
+  if (exponent == 1) return b;
+  T *next = memory.take<T>(ld * ld), *spare = memory.take<T>(ld * ld);
+  const T* power = b;
+  int64_t bit = 1;
+  while (2 * bit <= exponent) bit *= 2;
+  for (bit /= 2; bit > 0; bit /= 2) {
+    symmetric_product(power, power, k, ld, next, executor);
+    power = next;
+    std::swap(next, spare);
+    if (!(exponent & bit)) continue;
+    symmetric_product(power, b, k, ld, next, executor);
+    power = next;
+    std::swap(next, spare);
+  }
+  return power;
+}
+
+template <class T>
+double inner_product(const T* x, const T* y, int64_t k, int64_t ld) {
+  double sum = 0;
+  for (int64_t i = 0; i < k; ++i) sum += dot(x + i * ld, y + i * ld, k);
+  return sum;
+}
+
+// H_alpha and V for an integer alpha >= 3 without eigenvalues, from B = G / ||G||, whose
+// eigenvalues are at most 1 and whose largest is at least 1 / sqrt(k), so that no power of it
+// vanishes:
+//     tr rho^alpha = (||G|| / tr G)^alpha tr B^alpha,
+//     V = alpha / (1 - alpha) / tr G (tr G / ||G|| · B^(alpha - 1) / tr B^alpha - I).
+// g and, if V is wanted, v: full.
+template <class T>
+double entropy_by_powers(const T* g, int64_t k, int64_t ld, double tau, int64_t alpha, T* v,
+                         const Executor& executor) {
+  Memory memory;
+  const double norm = std::sqrt(inner_product(g, g, k, ld));
+  const Vec<T> inverse = splat(T(1 / norm));
+  T* b = memory.take<T>(ld * ld);
+  executor.run(ld, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * ld; i < end * ld; i += kLanes<T>) store(b + i, load(g + i) * inverse);
+  });
+  double trace;
+  if (!v && alpha % 2 == 0) {
+    const T* half = matrix_power(b, alpha / 2, k, ld, memory, executor);
+    trace = inner_product(half, half, k, ld);
+  } else {
+    const T* power = matrix_power(b, alpha - 1, k, ld, memory, executor);
+    trace = inner_product(power, b, k, ld);
+    if (v) {
+      const double factor = double(alpha) / double(1 - alpha) / tau;
+      const Vec<T> scale = splat(T(factor * tau / norm / trace));
+      executor.run(k, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t j = 0; j < ld; j += kLanes<T>)
+            store(v + i * ld + j, load(power + i * ld + j) * scale);
+          v[i * ld + i] -= T(factor);
+        }
+      });
+    }
+  }
+  return (double(alpha) * std::log(norm / tau) + std::log(trace)) / double(1 - alpha);
+}
+
+inline bool by_powers(double alpha, int64_t k) {
+  return k >= kPowersFrom && alpha >= 3 && alpha <= double(kMaxPower) && alpha == std::floor(alpha);
+}
+
+// Between Gram matrix and value: the entropy of one symmetric matrix g (its upper triangle on
+// entry) of trace tau, and V = dH / dg if it is wanted.
+template <class T>
+struct EntropyTask {
+  T* g;
+  int64_t k, ld;
+  double tau, h = std::numeric_limits<double>::quiet_NaN();
+  T *v = nullptr, *vt = nullptr;
+
+  EntropyTask(T* matrix, int64_t order, int64_t stride)
+      : g(matrix), k(order), ld(stride), tau(trace_of(matrix, order, stride)) {}
+
+  // No rows, or only zero rows: entropy 0 by convention. Where tau is not finite h stays NaN.
+  bool empty() const { return tau == 0; }
+
+  // The tridiagonal form of rho, and the rows of Qᵀ if V is wanted.
+  QlState<T> reduce(bool want_vectors, Memory& memory) {
+    double* lam = memory.take<double>(4 * k + 1);
+    T* factor = memory.take<T>(k);
+    T* work = memory.take<T>(3 * ld);
+    const T inverse = T(1 / tau);
+    std::memset(v, 0, size_t(ld * ld) * sizeof(T));
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j < k; ++j) v[i * ld + j] = inverse * g[i * ld + j];
+    tridiagonalize(v, k, ld, lam, lam + k, factor, work);
+    if (want_vectors) {
+      vt = memory.take<T>(ld * ld);
+      form_q(v, k, ld, factor, vt, work);
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < i; ++j) std::swap(vt[i * ld + j], vt[j * ld + i]);
+    }
+    return QlState<T>(lam, k, vt, ld);
+  }
+};
+
+// Matrices whose QL sweeps are interleaved.
+inline int64_t entropy_group(double alpha, int64_t k) {
+  return alpha == 2 || by_powers(alpha, k) ? 1 : kQlGroup;
+}
+
+// H and, if wanted, V of up to entropy_group(alpha, k) matrices; g becomes full.
+template <class T>
+void entropies(std::vector<EntropyTask<T>>& tasks, double alpha, bool want_v, Memory& memory,
+               const Executor& executor) {
+  std::vector<QlState<T>> states;
+  std::vector<EntropyTask<T>*> spectral;
+  states.reserve(tasks.size());
+  for (EntropyTask<T>& task : tasks) {
+    const int64_t k = task.k, ld = task.ld;
+    if (task.empty() || !std::isfinite(task.tau)) continue;
+    const bool eigen = alpha != 2 && !by_powers(alpha, k);
+    if (want_v || alpha != 2) mirror<T, true>(task.g, k, ld, executor);
+    if (want_v || eigen) task.v = memory.take<T>(ld * ld);
+    if (eigen) {
+      states.push_back(task.reduce(want_v, memory));
+      spectral.push_back(&task);
+    } else if (alpha == 2) {
+      task.h = renyi2(task.g, k, ld, task.tau, task.v);
+    } else {
+      task.h = entropy_by_powers(task.g, k, ld, task.tau, int64_t(alpha), task.v, executor);
+    }
+  }
+  ql(states.data(), int(states.size()));
+  for (size_t i = 0; i < states.size(); ++i) {
+    if (states[i].failed) continue;
+    EntropyTask<T>& task = *spectral[i];
+    T* f = want_v ? memory.take<T>(task.k) : nullptr;
+    task.h = entropy_of_spectrum<T>(states[i].d, task.k, alpha, f);
+    if (want_v)
+      spectral_matrix(states[i].vt, f, T(1 / task.tau), task.k, task.ld, task.v, executor);
+  }
+}
+
+// The weight of a matrix without rows is 0, of one that is not finite NaN; returns whether that is
+// all.
+template <class T>
+bool trivial_weight(const EntropyTask<T>& task, T* weight) {
+  if (task.empty()) std::memset(weight, 0, size_t(task.k * task.k) * sizeof(T));
+  if (!task.empty() && !std::isfinite(task.h)) fill_nan(weight, task.k * task.k);
+  return task.empty() || !std::isfinite(task.h);
+}
+
+template <class S, class T>
+void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t begin, int64_t end,
+                   const Executor& executor) {
+  const int64_t k = f.k(), group = entropy_group(alpha, k);
+  std::vector<Gram<S, T>> grams;
+  std::vector<EntropyTask<T>> tasks;
+  grams.reserve(size_t(group));
+  for (int64_t first = begin; first < end; first += group) {
+    Memory memory;
+    grams.clear();
+    tasks.clear();
+    for (int64_t index = first; index < std::min(first + group, end); ++index) {
+      grams.emplace_back(f, index, end, f.samples(), true, executor, memory);
+      tasks.emplace_back(grams.back().g, k, grams.back().ldg);
+    }
+    entropies(tasks, alpha, weight != nullptr, memory, executor);
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      value[first + int64_t(i)] = tasks[i].empty() ? T(0) : T(tasks[i].h);
+      if (!weight) continue;
+      T* w = weight + (first + int64_t(i)) * k * k;
+      if (!trivial_weight(tasks[i], w)) grams[i].fold(tasks[i].v, T(1), w, executor);
+    }
+  }
+}
+
+// out = (sx x) ⊙ (sy y), all rows and columns of the work matrices.
+template <class T>
+void hadamard(const T* x, T sx, const T* y, T sy, int64_t ld, T* out, const Executor& executor) {
+  executor.run(ld, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * ld; i < end * ld; i += kLanes<T>)
+      store(out + i, (load(x + i) * splat(sx)) * (load(y + i) * splat(sy)));
+  });
+}
+
+// The power of two that brings the diagonal of g to about 1. Entropies do not see it, and a product
+// of two small matrices (of nearly collapsed views, centred) could vanish without it.
+template <class T>
+T unit_scale(const T* g, int64_t k, int64_t ld) {
+  T largest = 0;
+  for (int64_t i = 0; i < k; ++i) largest = std::max(largest, g[i * ld + i]);
+  if (!(largest > 0) || !std::isfinite(largest)) return 1;
+  return T(std::ldexp(1.0, std::clamp(-std::ilogb(largest), -120, 120)));
+}
+
+// H_alpha of K1 ⊙ K2, K the n x n Gram matrices of two views, each scaled as above. With
+// V = dH / d(s1 K1 ⊙ s2 K2) the weights are those of s1 V ⊙ s2 K2 for the first view and of
+// s2 V ⊙ s1 K1 for the second.
+template <class S, class T>
+void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T* value, T* weight1,
+                         T* weight2, int64_t begin, int64_t end, const Executor& executor) {
+  const int64_t n = f1.n, group = entropy_group(alpha, n);
+  std::vector<Gram<S, T>> first_views, second_views;
+  std::vector<T> first_scales, second_scales;
+  std::vector<EntropyTask<T>> tasks;
+  first_views.reserve(size_t(group));
+  second_views.reserve(size_t(group));
+  for (int64_t first = begin; first < end; first += group) {
+    Memory memory;
+    first_views.clear();
+    second_views.clear();
+    first_scales.clear();
+    second_scales.clear();
+    tasks.clear();
+    for (int64_t index = first; index < std::min(first + group, end); ++index) {
+      first_views.emplace_back(f1, index, end, true, true, executor, memory);
+      second_views.emplace_back(f2, index, end, true, true, executor, memory);
+      const T *g1 = first_views.back().g, *g2 = second_views.back().g;
+      const int64_t ld = first_views.back().ldg;
+      first_scales.push_back(unit_scale(g1, n, ld));
+      second_scales.push_back(unit_scale(g2, n, ld));
+      T* product = memory.take<T>(ld * ld);
+      hadamard(g1, first_scales.back(), g2, second_scales.back(), ld, product, executor);
+      tasks.emplace_back(product, n, ld);
+    }
+    entropies(tasks, alpha, weight1 != nullptr, memory, executor);
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      const int64_t index = first + int64_t(i);
+      value[index] = tasks[i].empty() ? T(0) : T(tasks[i].h);
+      if (!weight1) continue;
+      T *w1 = weight1 + index * n * n, *w2 = weight2 + index * n * n;
+      if (trivial_weight(tasks[i], w1)) {
+        std::memcpy(w2, w1, size_t(n * n) * sizeof(T));
+        continue;
+      }
+      const Gram<S, T>&one = first_views[i], &two = second_views[i];
+      mirror<T, true>(one.g, n, one.ldg, executor);
+      mirror<T, true>(two.g, n, two.ldg, executor);
+      T* product = tasks[i].g;  // not needed any more
+      hadamard(tasks[i].v, T(1), two.g, second_scales[i], one.ldg, product, executor);
+      one.fold(product, first_scales[i], w1, executor);
+      hadamard(tasks[i].v, T(1), one.g, first_scales[i], one.ldg, product, executor);
+      two.fold(product, second_scales[i], w2, executor);
+    }
+  }
+}
+
+// The same in the vector lanes: H of the packed matrices g of trace tau to value (per lane), and
+// V = factor · v if v is wanted. Marks lanes that need to be computed alone.
+template <class T>
+struct LaneEntropy {
+  static constexpr int VL = kLanes<T>;
+  double value[VL];
+  bool failed[VL] = {};
+  Vec<T>* v = nullptr;
+  Vec<T> factor;
+
+  LaneEntropy(const Vec<T>* g, int64_t k, int64_t order, double alpha, bool want_v,
+              Memory& memory) {
+    Vec<T> tau{};
+    for (int64_t i = 0; i < k; ++i) tau += g[packed_row(i) + i];
+    const Flags<T> empty = tau == 0;
+    // Without normalisation the entries may be of any size, and squares of them are taken.
+    const Flags<T> usable = empty | ((tau > T(kTraceLow<T>)) & (tau < T(kTraceHigh<T>)));
+    for (int m = 0; m < VL; ++m) failed[m] = !usable[m];
+    const Vec<T> inverse = empty ? Vec<T>{} : 1 / tau;
+    if (want_v) v = memory.take<Vec<T>>(packed_row(order));
+    if (alpha == 2)
+      of_order_2(g, k, order, inverse);
+    else
+      of_spectrum(g, k, order, alpha, inverse);
+    for (int m = 0; m < VL; ++m)
+      if (empty[m]) value[m] = 0;
+  }
+
+ private:
+  // H = -log tr rho², V = 2 / tau (I - rho / tr rho²).
+  void of_order_2(const Vec<T>* g, int64_t k, int64_t order, Vec<T> inverse) {
+    double square[VL] = {};
+    for (int64_t i = 0; i < k; ++i) {
+      const Vec<T>* row = g + packed_row(i);
+      Vec<T> sum{};
+      for (int64_t j = 0; j < i; ++j) sum += row[j] * row[j];
+      sum += sum + row[i] * row[i];
+      T x[VL];
+      store(x, Vec<T>(sum * inverse * inverse));
+      for (int m = 0; m < VL; ++m) square[m] += double(x[m]);
+    }
+    Vec<T> purity;
+    for (int m = 0; m < VL; ++m) {
+      value[m] = -std::log(square[m]);
+      purity[m] = square[m] > 0 ? T(square[m]) : T(1);
+    }
+    factor = 2 * inverse;
+    if (!v) return;
+    const Vec<T> scale = -inverse / purity;
+    for (int64_t i = 0; i < order; ++i) {
+      Vec<T>* row = v + packed_row(i);
+      for (int64_t j = 0; j <= i; ++j) row[j] = scale * g[packed_row(i) + j];
+      row[i] += T(1);
+    }
+  }
+
+  void of_spectrum(const Vec<T>* g, int64_t k, int64_t order, double alpha, Vec<T> inverse) {
+    Memory memory;
+    // An odd stride: rows an even number of lines apart would share the sets of a cache.
+    const int64_t ld = k | 1;
+    Vec<T>*a = memory.take<Vec<T>>(k * ld), *d = memory.take<Vec<T>>(k),
+    *e = memory.take<Vec<T>>(k), *t = memory.take<Vec<T>>(k), *q = nullptr;
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j <= i; ++j) a[i * ld + j] = inverse * g[packed_row(i) + j];
+    tridiagonalize_lanes<T>(a, k, ld, d, e, t);
+    if (v) {
+      q = memory.take<Vec<T>>(order * ld);
+      form_q_lanes<T>(a, k, ld, t, q, ld);
+      for (int64_t i = k * ld; i < order * ld; ++i) q[i] = Vec<T>{};
+    }
+    const Flags<T> converged = ql_lanes<T>(d, e, k, q, ld, k);
+    Vec<T>* f = e;  // the off-diagonal is zero by now
+    double* lam = memory.take<double>(k);
+    T* spectral = memory.take<T>(k);
+    for (int m = 0; m < VL; ++m) {
+      failed[m] |= !converged[m];
+      const bool some = !failed[m] && inverse[m] > 0;
+      for (int64_t r = 0; r < k; ++r) lam[r] = some ? double(d[r][m]) : 1;
+      value[m] = entropy_of_spectrum<T>(lam, k, alpha, v ? spectral : nullptr);
+      if (v)
+        for (int64_t r = 0; r < k; ++r) f[r][m] = some ? spectral[r] : T(0);
+    }
+    factor = inverse;
+    if (v) spectral_lanes<T>(q, f, k, ld, v);
+  }
+};
+
+template <class S, class T>
+void entropy_lanes(const Features& f, double alpha, T* value, T* weight, int64_t first,
+                   int64_t count) {
+  Memory memory;
+  const LaneGroup<S, T> group(f, first, count, f.samples(), memory);
+  const LaneEntropy<T> entropy(group.g, group.k, group.order, alpha, weight != nullptr, memory);
+  for (int64_t m = 0; m < count; ++m) value[first + m] = T(entropy.value[m]);
+  if (weight) group.store_weight(entropy.v, entropy.factor, weight);
+  for (int64_t m = first; m < first + count; ++m)
+    if (group.failed[m - first] || entropy.failed[m - first])
+      entropy_range<S, T>(f, alpha, value, weight, m, m + 1, Executor{nullptr});
+}
+
+template <class S, class T>
+void joint_entropy_lanes(const Features& f1, const Features& f2, double alpha, T* value, T* weight1,
+                         T* weight2, int64_t first, int64_t count) {
+  Memory memory;
+  const LaneGroup<S, T> one(f1, first, count, true, memory), two(f2, first, count, true, memory);
+  const int64_t entries = packed_row(one.order);
+  Vec<T>* product = memory.take<Vec<T>>(entries);
+  for (int64_t i = 0; i < entries; ++i) product[i] = one.g[i] * two.g[i];
+  const LaneEntropy<T> entropy(product, one.k, one.order, alpha, weight1 != nullptr, memory);
+  for (int64_t m = 0; m < count; ++m) value[first + m] = T(entropy.value[m]);
+  if (weight1) {
+    for (int64_t i = 0; i < entries; ++i) product[i] = entropy.v[i] * two.g[i];
+    one.store_weight(product, entropy.factor, weight1);
+    for (int64_t i = 0; i < entries; ++i) product[i] = entropy.v[i] * one.g[i];
+    two.store_weight(product, entropy.factor, weight2);
+  }
+  for (int64_t m = first; m < first + count; ++m)
+    if (one.failed[m - first] || two.failed[m - first] || entropy.failed[m - first])
+      joint_entropy_range<S, T>(f1, f2, alpha, value, weight1, weight2, m, m + 1,
+                                Executor{nullptr});
+}

@@ -1,0 +1,223 @@
+// From prepared rows to the Gram matrix of one matrix, and from V = d value / dG to the weight W'
+// (see kernels.inl). Included inside an instruction-set namespace after rows.h.
+
+// Leading dimension and row count of a k x k work matrix: whole register tiles in both directions.
+template <class T>
+int64_t padded(int64_t k) {
+  return round_up(std::max<int64_t>(k, 1), std::max<int64_t>(kLanes<T>, MR));
+}
+
+// G (+ zero padding) of the prepared rows: upper triangle of k x k, leading dimension padded(k).
+// With `squares` (samples side, n to whole vectors), of the raw rows, whose sums of squares go
+// there.
+template <class S, class T>
+void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* squares,
+                T* g, Prefetch& ahead, const Executor& executor) {
+  Memory memory;
+  const int64_t k = samples ? rows.n : rows.d, depth_total = samples ? rows.d : rows.n;
+  const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>);
+  const int64_t block = std::min(depth_total, kPackDepth);
+  T* packed = memory.take<T>(panels * NR<T> * std::max<int64_t>(block, 1));
+  const int64_t written = depth_total == 0 ? 0 : round_up(k, MR);
+  std::memset(g + written * ldg, 0, size_t((ldg - written) * ldg) * sizeof(T));
+  // Tiles end with the vector that holds column k - 1; where tiles have more rows than vectors have
+  // lanes, there are columns after it.
+  if (kLanes<T> < MR)
+    for (int64_t i = 0, used = round_up(k, kLanes<T>); i < written; ++i)
+      std::fill(g + i * ldg + used, g + (i + 1) * ldg, T(0));
+  for (int64_t at = 0; at < depth_total; at += block) {
+    const int64_t depth = std::min(block, depth_total - at);
+    executor.run(panels, 1, [&](int64_t begin, int64_t end) {
+      Memory inner;
+      T* buffer =
+          inner.take<T>(samples ? kLanes<T> * round_up(depth, kLanes<T>) : (end - begin) * NR<T>);
+      if (samples) {
+        for (int64_t p = begin; p < end; ++p)
+          pack_samples(rows, scale, mean, squares, p * NR<T>, at, at + depth,
+                       packed + p * NR<T> * depth, buffer);
+      } else {
+        pack_features(rows, scale, mean, true, at, at + depth, begin, end, packed, buffer);
+      }
+    });
+    const auto between = [&]() {
+      if (!executor.parallel) ahead.some();
+    };
+    const auto columns = [&](int64_t p) {
+      for (int64_t sub = 0; sub < depth; sub += kTileDepth) {
+        const T* from = packed + sub * NR<T>;
+        const int64_t count = std::min(kTileDepth, depth - sub);
+        if (at + sub == 0)
+          gram_panel<T, Write::kSet>(from, depth, count, k, p * NR<T>, g, ldg, between);
+        else
+          gram_panel<T, Write::kAdd>(from, depth, count, k, p * NR<T>, g, ldg, between);
+      }
+    };
+    // Columns of the triangle lengthen: each thread takes panels from both ends.
+    executor.run(ceil_div(panels, 2), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        columns(p);
+        if (panels - 1 - p != p) columns(panels - 1 - p);
+      }
+    });
+  }
+}
+
+template <class T>
+double trace_of(const T* g, int64_t k, int64_t ldg) {
+  double sum = 0;
+  for (int64_t i = 0; i < k; ++i) sum += g[i * ldg + i];
+  return sum;
+}
+
+// Everything of one matrix up to the Gram matrix.
+template <class S, class T>
+struct Gram {
+  Rows<S, T> rows;
+  bool samples;
+  int64_t k, ldg, kept = 0;
+  T *scale, *mean, *g, common_scale = 1;
+
+  Gram(const Features& f, int64_t index, int64_t end, bool samples_side, bool scale_free,
+       const Executor& executor, Memory& memory)
+      : rows(f, index), samples(samples_side), k(samples_side ? f.n : f.d), ldg(padded<T>(k)) {
+    scale = memory.take<T>(f.n + 2 * kLanes<T>);
+    mean = memory.take<T>(round_up(f.d, NR<T>) + kLanes<T>);
+    g = memory.take<T>(ldg * ldg);
+    // Tiles of the product, about: half of (k / MR)(k / NR), for every block of the depth.
+    const int64_t tiles = ceil_div(k, MR) * ceil_div(k + NR<T>, NR<T>) / 2;
+    Prefetch ahead(f, sizeof(S), index, end, tiles * ceil_div(f.d, kTileDepth));
+    if (samples && f.normalize && !f.center && normalized_after(ahead, executor)) return;
+    common_scale = scale_free && !f.normalize ? power_of_two_scale(rows) : T(1);
+    kept = prepare(rows, common_scale, scale, mean, executor);
+    Prefetch none;
+    gram_upper<S, T>(rows, samples, scale, mean, nullptr, g, none, executor);
+    set_unit_diagonal(f);
+  }
+
+  // Of a Gram matrix that was computed before.
+  Gram(const Features& f, int64_t index, bool samples_side, const T* gram, T* inverse_norm,
+       T* mean_row, Memory& memory)
+      : rows(f, index), samples(samples_side), k(samples_side ? f.n : f.d), ldg(padded<T>(k)),
+        scale(inverse_norm), mean(mean_row), g(memory.take<T>(ldg * ldg)) {
+    for (int64_t i = 0; i < k; ++i) {
+      std::memcpy(g + i * ldg, gram + i * k, size_t(k) * sizeof(T));
+      std::fill(g + i * ldg + k, g + (i + 1) * ldg, T(0));
+    }
+    for (int64_t i = 0; i < f.n; ++i) kept += rows.kept(i);
+  }
+
+  // The common case reads z once: the product of the raw rows, scaled by 1 / (‖z_i‖ ‖z_j‖) after.
+  // Returns false if a square might not be in range.
+  bool normalized_after(Prefetch& ahead, const Executor& executor) {
+    constexpr int VL = kLanes<T>;
+    Memory memory;
+    T* squares = memory.take<T>(round_up(k, VL));
+    std::memset(mean, 0, size_t(round_up(rows.d, NR<T>)) * sizeof(T));
+    gram_upper<S, T>(rows, true, nullptr, nullptr, squares, g, ahead, executor);
+    for (int64_t i = 0; i < k; ++i) {
+      scale[i] = 0;
+      if (!rows.kept(i)) continue;
+      ++kept;
+      const double sum = rows.d ? squares[i] : 0;
+      if (sum > kSquareLow<T> && sum < kSquareHigh<T>) {
+        scale[i] = T(1 / std::sqrt(sum));
+      } else if (sum != 0 || !rows.zero(i)) {
+        kept = 0;
+        return false;
+      }
+    }
+    for (int64_t i = k; i < round_up(k, VL); ++i) scale[i] = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      T* row = g + i * ldg;
+      const Vec<T> left = splat(scale[i]);
+      for (int64_t j = i / VL * VL; j < k; j += VL)
+        store(row + j, load(row + j) * (left * load(scale + j)));
+      if (scale[i] > 0) row[i] = 1;
+    }
+    return true;
+  }
+
+  // The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
+  void set_unit_diagonal(const Features& f) {
+    if (samples && f.normalize && !f.center)
+      for (int64_t i = 0; i < k; ++i)
+        if (scale[i] > 0) g[i * ldg + i] = 1;
+  }
+
+  // V = factor · v on entry (full, leading dimension ldg; changed), W' on return to weight (k x k,
+  // contiguous). g must hold the full Gram matrix if rows are normalised on the samples side;
+  // columns of v and g past k, to whole vectors, are zero in one of them and finite in the other.
+  template <class Out>
+  void fold(T* v, T factor, Out* weight, const Executor& executor) const {
+    Memory memory;
+    const bool project = samples && rows.normalize;
+    T* along_mean = nullptr;  // ẑ_i (centred) · mean: the part of ẑ_i that G does not see
+    if (samples && rows.center) {
+      center_both_sides(v);
+      along_mean = memory.take<T>(ldg);
+      T* buffer = memory.take<T>(rows.d);
+      const double mean2 = dot(mean, mean, rows.d);
+      std::memset(along_mean, 0, size_t(ldg) * sizeof(T));
+      for (int64_t i = 0; i < k; ++i)
+        if (rows.kept(i))
+          along_mean[i] = T(scale[i] * dot(rows.fetch(i, 0, rows.d, buffer), mean, rows.d) - mean2);
+    }
+    executor.run(k, 32, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T* vi = v + i * ldg;
+        T projection = 0;
+        if (project) {
+          double sum = dot(vi, g + i * ldg, round_up(k, kLanes<T>));
+          if (along_mean) sum += dot(vi, along_mean, round_up(k, kLanes<T>));
+          projection = T(sum);
+        }
+        Out* w = weight + i * k;
+        const T left = 2 * factor * (samples ? scale[i] : common_scale * common_scale);
+        if (samples)
+          for (int64_t j = 0; j < k; ++j) w[j] = Out(left * (scale[j] * vi[j]));
+        else
+          for (int64_t j = 0; j < k; ++j) w[j] = Out(left * vi[j]);
+        if (project) w[i] = Out(left * (scale[i] * (vi[i] - projection)));
+      }
+    });
+  }
+
+ private:
+  // V <- P V P with P the projection that subtracts the mean over the kept rows.
+  void center_both_sides(T* v) const {
+    Memory memory;
+    T* row_mean = memory.take<T>(k);
+    double total = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      double sum = 0;
+      for (int64_t j = 0; j < k; ++j)
+        if (rows.kept(j)) sum += v[i * ldg + j];
+      row_mean[i] = kept ? T(sum / kept) : T(0);
+      if (rows.kept(i)) total += row_mean[i];
+    }
+    const T grand = kept ? T(total / kept) : T(0);
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j < k; ++j)
+        v[i * ldg + j] = rows.kept(i) && rows.kept(j)
+                             ? v[i * ldg + j] - row_mean[i] - row_mean[j] + grand
+                             : T(0);
+  }
+};
+
+template <class T>
+void fill_nan(T* p, int64_t n) {
+  std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
+}
+
+template <class S, class T>
+void gram_one(const Features& f, int64_t index, int64_t end, bool samples, T* out, T* inverse_norm,
+              T* mean, const Executor& executor) {
+  Memory memory;
+  const Gram<S, T> gram(f, index, end, samples, false, executor, memory);
+  const int64_t k = gram.k;
+  mirror<T, true>(gram.g, k, gram.ldg, executor);
+  for (int64_t r = 0; r < k; ++r)
+    std::memcpy(out + (index * k + r) * k, gram.g + r * gram.ldg, size_t(k) * sizeof(T));
+  std::memcpy(inverse_norm + index * f.n, gram.scale, size_t(f.n) * sizeof(T));
+  std::memcpy(mean + index * f.d, gram.mean, size_t(f.d) * sizeof(T));
+}

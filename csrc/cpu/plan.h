@@ -1,0 +1,69 @@
+// Which algorithm serves which shape: the thresholds of the CPU kernels and the measurements behind
+// them. Included inside an instruction-set namespace after gemm.h. k = min(n, d).
+//
+// | quantity            | in vector lanes (lanes.h) | one matrix per thread | its loops shared |
+// |---------------------|---------------------------|-----------------------|-------------------------|
+// | Gram, alpha = 2     | k <= 32, n d <= 4096      | batch >= threads      | batch < threads | |
+// coding rate         | k <= 160                  | batch >= threads      | batch < threads | |
+// alpha = 3, 4 ... 16 | k <= 16                   | powers, k > 16        | powers, batch < threads
+// | | other alpha         | k <= 200                  | k <= 256              | - (LAPACK above
+// 256)    | | gradient of z       | -                         | batch >= threads      | batch <
+// threads         |
+//
+// Lanes also need half of them filled on every thread, and rows that are not centred.
+//
+// Measured on one core of an AMD EPYC (Zen 5, AVX-512, 1 MB second-level cache), float32, time of
+// the path of one matrix per thread / time in lanes, value and gradient:
+//
+//     batch x n x d    alpha = 2   coding rate   von Neumann (value alone)
+//     2048 x 8 x 64      2.1          2.8           3.7 (4.4)
+//     2048 x 32 x 32     1.5          2.3           2.4 (3.8)
+//     1360 x 48 x 64     1.0          1.4           1.7 (2.8)
+//     1024 x 64 x 64     0.9          1.3           1.6 (2.6)
+//      112 x 48 x 768    1.0          1.1           1.3 (1.6)
+//      256 x 128 x 128   -            1.15          1.3 (2.2)
+//      160 x 160 x 160   -            1.14          1.2 (2.1)
+//       16 x 197 x 768   -            0.95          1.05 (1.5)
+
+constexpr int64_t kLanesProduct = 32, kLanesFactor = 160, kLanesEigen = 200;
+
+// Entries of z above which the lanes take finished Gram matrices and not features: kLanes matrices
+// are read at once there, and long rows of so many do not stay in a cache (512 x 32 x 256, alpha =
+// 2: 1.5 ms matrix by matrix, 2.2 ms in lanes; 1024 x 64 x 64: 2.6 and 2.8).
+constexpr int64_t kLanesLoad = 4096;
+
+// Above this, LAPACK's divide and conquer is the better eigensolver.
+constexpr int64_t kMaxEigen = 256;
+
+// Integer orders that take powers of the Gram matrix instead of its eigenvalues.
+constexpr int64_t kPowersFrom = 17, kMaxPower = 16;
+
+// Multiply-adds of a matrix from which on its loops are worth sharing among threads, and of a
+// thread's share of a batch.
+constexpr int64_t kShareLoops = 200000, kShareBatch = 20000;
+
+// Rows of a packed block of the product, so that all its panels fit a second-level cache, and rows
+// of it that one pass of tiles uses, so that a panel fits a first-level cache.
+constexpr int64_t kPackDepth = 512, kTileDepth = 128;
+
+// Entries of z up to which the backward product reads z and W' where they lie: both fit a
+// first-level cache (1024 x 64 x 64: 4.4 ms, packed first 6.1).
+constexpr int64_t kInPlace = 4096;
+
+// Rows of a block of the sweep (factor.h): many make the update a deep product, few keep the
+// solves, 2 block / k of the whole, cheap. Multiples of MR, at most kSweepMax (which whole vectors
+// divide).
+constexpr int64_t kSweepMax = 96;
+inline int64_t sweep_rows(int64_t k) {
+  return k <= 96 ? MR : k <= 256 ? 16 : k <= 512 ? 32 : k <= 1024 ? 48 : kSweepMax;
+}
+
+// What float32 and float64 can square without losing weight: sums of squares of a row, traces.
+template <class T>
+constexpr double kSquareLow = sizeof(T) == 4 ? 1e-30 : 1e-280;
+template <class T>
+constexpr double kSquareHigh = sizeof(T) == 4 ? 1e37 : 1e300;
+template <class T>
+constexpr double kTraceLow = sizeof(T) == 4 ? 1e-18 : 1e-140;
+template <class T>
+constexpr double kTraceHigh = sizeof(T) == 4 ? 1e18 : 1e140;
