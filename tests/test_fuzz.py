@@ -249,6 +249,7 @@ def expected_of(case, z, rows):
 
     Gram matrix: equal products (equal columns) of which eager rounds none may here all round the
     same way, by half an eps of a sum of m that grows to |v|²: eps m / 4 |v|² instead of 4 eps |v|².
+    Likewise the gradient of a coding rate of centred rows, a sum over n rows that may be equal.
     alpha < 1: where eager's zero eigenvalues are exact, noise^alpha of k others adds up instead of
     walking: sqrt k more. float64: truth and result are two computations of one kind, each within
     the floor of what is exact: the sum of both. And the reference's gradient of a coding rate, an
@@ -269,6 +270,11 @@ def expected_of(case, z, rows):
         )
     elif q.kind == "entropy" and q.parameter < 1:
         value_allowed = value_allowed * min(n, d) ** 0.5
+    elif q.kind == "coding_rate" and case.center and case.need_grad and z.numel():
+        norm = reference.prepare(z.double(), normalize=False, mask=rows["mask"]).norm(dim=-1)
+        size = largest(torch.where(norm > 0, 1 / norm, 0) if case.normalize else norm, 1)
+        eps = torch.finfo(reference.accumulation_dtype(z.dtype)).eps
+        grad_allowed = grad_allowed + 2 * q.parameter * eps * max(n / 4 - 4, 0) * size
     if case.dtype != torch.float64:
         return truth, cotangent, value_allowed, grad_allowed
     if case.need_grad and q.kind == "coding_rate" and z.numel():
