@@ -30,9 +30,9 @@ from rich.console import Console
 from mmae_fast.checkpoint import pick_device
 from mmae_fast.config import (
     METHODS,
+    TINY,
     DataConfig,
     LossConfig,
-    ModelConfig,
     PretrainConfig,
     TwoBranchConfig,
     UserError,
@@ -62,15 +62,7 @@ class Preset:
 
 # Small enough for 2 cores: 16 patches of 8 pixels, 4 blocks of width 128.
 SMALL = PretrainConfig(
-    model=ModelConfig(
-        patch_size=8,
-        embed_dim=128,
-        depth=4,
-        num_heads=4,
-        decoder_embed_dim=64,
-        decoder_depth=1,
-        decoder_num_heads=4,
-    ),
+    model=dataclasses.replace(TINY, patch_size=8),
     two_branch=TwoBranchConfig(projector_hidden=512, projector_dim=128),
     epochs=5,
     warmup_epochs=0.5,

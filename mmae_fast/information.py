@@ -14,7 +14,7 @@ in nats.
 import torch
 from torch import Tensor
 
-from . import dispatch, operators
+from . import dispatch, information_operators
 from .ops import _positive, _validate, _validate_features, fast_gram, fast_matrix_entropy
 from .reference import accumulation_dtype
 
@@ -69,7 +69,7 @@ def joint_entropy(
         return _gram_entropy(_dropped(z1, mask) * _dropped(z2, mask), alpha, backend)
     need = (z1.requires_grad or z2.requires_grad) and torch.is_grad_enabled()
     arguments = (alpha, bool(normalize), bool(center), need, backend)
-    return operators.joint_entropy(z1, z2, mask, *arguments)[0]
+    return information_operators.joint_entropy(z1, z2, mask, *arguments)[0]
 
 
 def mutual_information(
@@ -146,7 +146,7 @@ def matrix_cross_entropy(p: Tensor, q: Tensor, *, backend: str = "auto") -> Tens
         NotImplementedError: the second derivative with respect to q.
     """
     p, q, backend = _validate_pair(p, q, backend)
-    log_q = operators.matrix_log(q, backend)[0]
+    log_q = information_operators.matrix_log(q, backend)[0]
     return q.diagonal(dim1=-2, dim2=-1).sum(-1) - (p * log_q).sum((-2, -1))
 
 
@@ -240,7 +240,7 @@ def _entropy(z, alpha, rows, mask, from_gram, backend) -> Tensor:
 
 def _gram_entropy(g: Tensor, alpha: float, backend: str) -> Tensor:
     need = g.requires_grad and torch.is_grad_enabled()
-    return operators.gram_entropy(g, float(alpha), need, backend)[0]
+    return information_operators.gram_entropy(g, float(alpha), need, backend)[0]
 
 
 def _dropped(g: Tensor, mask: Tensor | None) -> Tensor:

@@ -131,7 +131,7 @@ def floors(q: Quantity, z: Tensor, value: Tensor, rows: dict) -> tuple[Tensor, T
     |-------------------------|-----------------------------------------------------------------|
     | coding rate             | eps (4 |value| + 2 k)                          + |dh|_2         |
     | entropy                 | eps (4 |value| + 4 sqrt k + 4 |a / (1 - a)|)   + |dh|_2         |
-    | Gram entry              | 4 eps max |v|², v the rows or columns multiplied, not centred   |
+    | Gram entry              | 4 eps max |v|², v the rows or columns, centred or not           |
     | ... of float64          | max(4, m / 4) eps max |v|², m the entries of v                  |
     | gradient, value         | 2 s / tau (4 eps max |f| (sqrt(k) |x|_2 + r)    + max |df| sigma) |
     | gradient, Gram matrix   | 8 s eps r sqrt(rows summed) max |cotangent|                     |
@@ -162,7 +162,9 @@ def floors(q: Quantity, z: Tensor, value: Tensor, rows: dict) -> tuple[Tensor, T
         slope = largest(torch.where(norm > 0, 1 / norm, 0), 1)
     if q.kind == "gram":
         dim = -1 if q.parameter == "samples" else -2
-        vectors = largest(torch.linalg.vector_norm(uncentred, dim=dim), 1)
+        # A centred row can be twice as long as the unit rows that it is the difference of.
+        lengths = [torch.linalg.vector_norm(rows_of, dim=dim) for rows_of in (uncentred, x)]
+        vectors = torch.maximum(*(largest(length, 1) for length in lengths))
         summed = math.sqrt(max(z.shape[-2 if dim == -1 else -1], 1))
         roundings = max(4, z.shape[dim] / 4) if dtype == torch.float64 else 4
         return roundings * eps * vectors**2, 8 * eps * longest * slope * summed

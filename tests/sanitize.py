@@ -145,7 +145,8 @@ def check_extension():
     print("extension: the planted error is reported (heap-buffer-overflow in mmae::)", flush=True)
     tests = [ROOT / "tests" / name for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-p", "no:faulthandler", "-k", SELECT]  # a fault is AddressSanitizer's to report
+    # A fault is AddressSanitizer's to report, and its report goes to the terminal.
+    command += ["-p", "no:faulthandler", "--capture=sys", "-k", SELECT]
     if run([*command, *tests], **environment).returncode:
         raise SystemExit("extension: failed, see above")
 

@@ -20,6 +20,7 @@ LAYERS = [
     {"cpu_backend", "cuda_backend", "triton_backend"},
     {"dispatch"},
     {"operators"},
+    {"information_operators"},
     {"ops"},
     {"information"},
 ]

@@ -165,9 +165,9 @@ void gram_bwd_one(const Features& f, int64_t index, int64_t end, bool samples, c
   const int64_t k = samples ? f.n : f.d;
   T* scale = memory.take<T>(f.n);
   T* mean_row = memory.take<T>(round_up(f.d, NR<T>) + kLanes<T>);
-  std::memcpy(scale, inverse_norm + index * f.n, size_t(f.n) * sizeof(T));
-  std::memset(mean_row, 0, size_t(round_up(f.d, NR<T>) + kLanes<T>) * sizeof(T));
-  std::memcpy(mean_row, mean + index * f.d, size_t(f.d) * sizeof(T));
+  std::copy_n(inverse_norm + index * f.n, f.n, scale);
+  std::fill_n(mean_row, round_up(f.d, NR<T>) + kLanes<T>, T(0));
+  std::copy_n(mean + index * f.d, f.d, mean_row);
   const Gram<S, T> one(f, index, samples, gram + index * k * k, scale, mean_row, memory);
   const int64_t ld = one.ldg;
   T *v = memory.take<T>(ld * ld), *t = memory.take<T>(ld * ld), *w = memory.take<T>(k * k);

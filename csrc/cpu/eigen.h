@@ -253,8 +253,6 @@ void ql(QlState<T>* states, int count) {
     int64_t steps = active[0]->i - active[0]->l + 1;
     for (int j = 1; j < n; ++j) steps = std::min(steps, active[j]->i - active[j]->l + 1);
     switch (n) {
-      case 8: advance<T, 8>(active, steps); break;
-      case 7: advance<T, 7>(active, steps); break;
       case 6: advance<T, 6>(active, steps); break;
       case 5: advance<T, 5>(active, steps); break;
       case 4: advance<T, 4>(active, steps); break;

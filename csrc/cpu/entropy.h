@@ -1,6 +1,6 @@
-// Matrix entropies H_alpha(G / tr G): from eigenvalues, from powers (integer alpha), from the
-// Frobenius norm (alpha = 2); matrix by matrix, and small ones in the vector lanes. Included inside
-// an instruction-set namespace after lanes_eigen.h.
+// Matrix entropies H_alpha(G / tr G), matrix by matrix: from eigenvalues, from powers (integer
+// alpha), from the Frobenius norm (alpha = 2); of one Gram matrix and of the product of two.
+// Included inside an instruction-set namespace after gram.h.
 
 // V of H_2 = 2 log tr G - log ||G||²: 2/tau I - 2 G / ||G||².
 template <class T>
@@ -261,7 +261,7 @@ void entropies(std::vector<EntropyTask<T>>& tasks, double alpha, bool want_v, Me
 // all.
 template <class T>
 bool trivial_weight(const EntropyTask<T>& task, T* weight) {
-  if (task.empty()) std::memset(weight, 0, size_t(task.k * task.k) * sizeof(T));
+  if (task.empty()) std::fill_n(weight, task.k * task.k, T(0));
   if (!task.empty() && !std::isfinite(task.h)) fill_nan(weight, task.k * task.k);
   return task.empty() || !std::isfinite(task.h);
 }
@@ -347,7 +347,7 @@ void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T
       if (!weight1) continue;
       T *w1 = weight1 + index * n * n, *w2 = weight2 + index * n * n;
       if (trivial_weight(tasks[i], w1)) {
-        std::memcpy(w2, w1, size_t(n * n) * sizeof(T));
+        std::copy_n(w1, n * n, w2);
         continue;
       }
       const Gram<S, T>&one = first_views[i], &two = second_views[i];
@@ -360,126 +360,4 @@ void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T
       two.fold(product, second_scales[i], w2, executor);
     }
   }
-}
-
-// The same in the vector lanes: H of the packed matrices g of trace tau to value (per lane), and
-// V = factor · v if v is wanted. Marks lanes that need to be computed alone.
-template <class T>
-struct LaneEntropy {
-  static constexpr int VL = kLanes<T>;
-  double value[VL];
-  bool failed[VL] = {};
-  Vec<T>* v = nullptr;
-  Vec<T> factor;
-
-  LaneEntropy(const Vec<T>* g, int64_t k, int64_t order, double alpha, bool want_v,
-              Memory& memory) {
-    Vec<T> tau{};
-    for (int64_t i = 0; i < k; ++i) tau += g[packed_row(i) + i];
-    const Flags<T> empty = tau == 0;
-    // Without normalisation the entries may be of any size, and squares of them are taken.
-    const Flags<T> usable = empty | ((tau > T(kTraceLow<T>)) & (tau < T(kTraceHigh<T>)));
-    for (int m = 0; m < VL; ++m) failed[m] = !usable[m];
-    const Vec<T> inverse = empty ? Vec<T>{} : 1 / tau;
-    if (want_v) v = memory.take<Vec<T>>(packed_row(order));
-    if (alpha == 2)
-      of_order_2(g, k, order, inverse);
-    else
-      of_spectrum(g, k, order, alpha, inverse);
-    for (int m = 0; m < VL; ++m)
-      if (empty[m]) value[m] = 0;
-  }
-
- private:
-  // H = -log tr rho², V = 2 / tau (I - rho / tr rho²).
-  void of_order_2(const Vec<T>* g, int64_t k, int64_t order, Vec<T> inverse) {
-    double square[VL] = {};
-    for (int64_t i = 0; i < k; ++i) {
-      const Vec<T>* row = g + packed_row(i);
-      Vec<T> sum{};
-      for (int64_t j = 0; j < i; ++j) sum += row[j] * row[j];
-      sum += sum + row[i] * row[i];
-      T x[VL];
-      store(x, Vec<T>(sum * inverse * inverse));
-      for (int m = 0; m < VL; ++m) square[m] += double(x[m]);
-    }
-    Vec<T> purity;
-    for (int m = 0; m < VL; ++m) {
-      value[m] = -std::log(square[m]);
-      purity[m] = square[m] > 0 ? T(square[m]) : T(1);
-    }
-    factor = 2 * inverse;
-    if (!v) return;
-    const Vec<T> scale = -inverse / purity;
-    for (int64_t i = 0; i < order; ++i) {
-      Vec<T>* row = v + packed_row(i);
-      for (int64_t j = 0; j <= i; ++j) row[j] = scale * g[packed_row(i) + j];
-      row[i] += T(1);
-    }
-  }
-
-  void of_spectrum(const Vec<T>* g, int64_t k, int64_t order, double alpha, Vec<T> inverse) {
-    Memory memory;
-    // An odd stride: rows an even number of lines apart would share the sets of a cache.
-    const int64_t ld = k | 1;
-    Vec<T>*a = memory.take<Vec<T>>(k * ld), *d = memory.take<Vec<T>>(k),
-    *e = memory.take<Vec<T>>(k), *t = memory.take<Vec<T>>(k), *q = nullptr;
-    for (int64_t i = 0; i < k; ++i)
-      for (int64_t j = 0; j <= i; ++j) a[i * ld + j] = inverse * g[packed_row(i) + j];
-    tridiagonalize_lanes<T>(a, k, ld, d, e, t);
-    if (v) {
-      q = memory.take<Vec<T>>(order * ld);
-      form_q_lanes<T>(a, k, ld, t, q, ld);
-      for (int64_t i = k * ld; i < order * ld; ++i) q[i] = Vec<T>{};
-    }
-    const Flags<T> converged = ql_lanes<T>(d, e, k, q, ld, k);
-    Vec<T>* f = e;  // the off-diagonal is zero by now
-    double* lam = memory.take<double>(k);
-    T* spectral = memory.take<T>(k);
-    for (int m = 0; m < VL; ++m) {
-      failed[m] |= !converged[m];
-      const bool some = !failed[m] && inverse[m] > 0;
-      for (int64_t r = 0; r < k; ++r) lam[r] = some ? double(d[r][m]) : 1;
-      value[m] = entropy_of_spectrum<T>(lam, k, alpha, v ? spectral : nullptr);
-      if (v)
-        for (int64_t r = 0; r < k; ++r) f[r][m] = some ? spectral[r] : T(0);
-    }
-    factor = inverse;
-    if (v) spectral_lanes<T>(q, f, k, ld, v);
-  }
-};
-
-template <class S, class T>
-void entropy_lanes(const Features& f, double alpha, T* value, T* weight, int64_t first,
-                   int64_t count) {
-  Memory memory;
-  const LaneGroup<S, T> group(f, first, count, f.samples(), memory);
-  const LaneEntropy<T> entropy(group.g, group.k, group.order, alpha, weight != nullptr, memory);
-  for (int64_t m = 0; m < count; ++m) value[first + m] = T(entropy.value[m]);
-  if (weight) group.store_weight(entropy.v, entropy.factor, weight);
-  for (int64_t m = first; m < first + count; ++m)
-    if (group.failed[m - first] || entropy.failed[m - first])
-      entropy_range<S, T>(f, alpha, value, weight, m, m + 1, Executor{nullptr});
-}
-
-template <class S, class T>
-void joint_entropy_lanes(const Features& f1, const Features& f2, double alpha, T* value, T* weight1,
-                         T* weight2, int64_t first, int64_t count) {
-  Memory memory;
-  const LaneGroup<S, T> one(f1, first, count, true, memory), two(f2, first, count, true, memory);
-  const int64_t entries = packed_row(one.order);
-  Vec<T>* product = memory.take<Vec<T>>(entries);
-  for (int64_t i = 0; i < entries; ++i) product[i] = one.g[i] * two.g[i];
-  const LaneEntropy<T> entropy(product, one.k, one.order, alpha, weight1 != nullptr, memory);
-  for (int64_t m = 0; m < count; ++m) value[first + m] = T(entropy.value[m]);
-  if (weight1) {
-    for (int64_t i = 0; i < entries; ++i) product[i] = entropy.v[i] * two.g[i];
-    one.store_weight(product, entropy.factor, weight1);
-    for (int64_t i = 0; i < entries; ++i) product[i] = entropy.v[i] * one.g[i];
-    two.store_weight(product, entropy.factor, weight2);
-  }
-  for (int64_t m = first; m < first + count; ++m)
-    if (one.failed[m - first] || two.failed[m - first] || entropy.failed[m - first])
-      joint_entropy_range<S, T>(f1, f2, alpha, value, weight1, weight2, m, m + 1,
-                                Executor{nullptr});
 }

@@ -218,6 +218,7 @@ void gram_one(const Features& f, int64_t index, int64_t end, bool samples, T* ou
   mirror<T, true>(gram.g, k, gram.ldg, executor);
   for (int64_t r = 0; r < k; ++r)
     std::memcpy(out + (index * k + r) * k, gram.g + r * gram.ldg, size_t(k) * sizeof(T));
-  std::memcpy(inverse_norm + index * f.n, gram.scale, size_t(f.n) * sizeof(T));
-  std::memcpy(mean + index * f.d, gram.mean, size_t(f.d) * sizeof(T));
+  // Of an empty matrix the outputs may be null, which memcpy does not allow.
+  std::copy_n(gram.scale, f.n, inverse_norm + index * f.n);
+  std::copy_n(gram.mean, f.d, mean + index * f.d);
 }

@@ -11,11 +11,11 @@
 //     W' = 2 D⁻¹ (C - Diag(s)) D⁻¹,   grad Z = W' Z,      D = Diag(||z_i||).
 // On the features side W' = 2 V, and the projection is a row operation after the product.
 //
-// Where each quantity is: gram.h, coding_rate.h, entropy.h, backward.h; which of their algorithms
-// serves a shape: plan.h. A matrix is worked on by one thread from norms to weight, in a scratch
-// that stays in its cache; when the batch has fewer matrices than threads, the loops inside a
-// matrix are shared instead. Gram and factor are float32 (float64 for float64), sums of logs and
-// traces float64.
+// Where each quantity is: gram.h, coding_rate.h, entropy.h and lanes_entropy.h, backward.h; which
+// of their algorithms serves a shape: plan.h. A matrix is worked on by one thread from norms to
+// weight, in a scratch that stays in its cache; when the batch has fewer matrices than threads, the
+// loops inside a matrix are shared instead. Gram and factor are float32 (float64 for float64), sums
+// of logs and traces float64.
 
 #define MMAE_CONCAT2(a, b) a##b
 #define MMAE_CONCAT(a, b) MMAE_CONCAT2(a, b)
@@ -31,12 +31,13 @@ namespace MMAE_ISA {
 #include "eigen.h"
 #include "rows.h"
 #include "gram.h"
+#include "entropy.h"
+#include "backward.h"
 #include "lanes.h"
 #include "lanes_factor.h"
 #include "lanes_eigen.h"
+#include "lanes_entropy.h"
 #include "coding_rate.h"
-#include "entropy.h"
-#include "backward.h"
 
 // Shares matrices among threads or, when there are fewer of them, the loops inside each.
 template <class F>

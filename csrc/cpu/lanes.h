@@ -91,14 +91,12 @@ struct LaneGroup {
       return;
     }
     Memory inner;
-    rows_ = inner.take<Rows<S, T>>(VL);
+    rows_ = memory.take<Rows<S, T>>(VL);
     // Lanes past the last matrix repeat it: they cost nothing and their results are not stored.
     for (int m = 0; m < VL; ++m)
       new (&rows_[m]) Rows<S, T>(f, first + std::min<int64_t>(m, count - 1));
     const int64_t depth_total = samples ? f.d : f.n;
-    if (first + 2 * VL <= f.batch && f.batch_dims == 1 &&
-        f.n * f.d * int64_t(sizeof(S)) * VL <= (int64_t(512) << 10))
-      ahead_ = VL * f.z_strides[0];
+    if (first + 2 * VL <= f.batch && f.batch_dims == 1) ahead_ = VL * f.z_strides[0];
     Vec<T>* panel = inner.take<Vec<T>>(order * kDepth);
     for (int64_t i = k * kDepth; i < order * kDepth; ++i) panel[i] = Vec<T>{};
     for (int64_t at = 0; at < depth_total; at += kDepth) {
@@ -133,7 +131,7 @@ struct LaneGroup {
         }
         projection[i] += sum;
       }
-    store_square(
+    store_entries(
         [&](int64_t i, int64_t j) {
           Vec<T> x = twice * (i >= j ? v[packed_row(i) + j] : v[packed_row(j) + i]);
           if (samples) {
@@ -147,7 +145,7 @@ struct LaneGroup {
 
   // out (batch, rows, columns) = value(i, j) for the lanes in use.
   template <class F>
-  void store_square(const F& value, int64_t rows, int64_t columns, T* out) const {
+  void store_entries(const F& value, int64_t rows, int64_t columns, T* out) const {
     int64_t i = 0, j = 0;
     for (int64_t at = 0; at < rows * columns; at += VL) {
       const int64_t width = std::min<int64_t>(VL, rows * columns - at);
@@ -193,8 +191,9 @@ struct LaneGroup {
   }
 
   Rows<S, T>* rows_;
-  int64_t ahead_ = 0;  // elements from here to what will be wanted soon: kLanes streams of short
-                       // rows are more than the hardware foresees
+  // From an entry to the same one of the next group, which is asked for meanwhile: kLanes streams
+  // of short rows are more than the hardware foresees.
+  int64_t ahead_ = 0;
 
   // Columns [c0, c1) of row i of every matrix to `to`, `step` apart. Dropped rows become zero.
   void fetch(int64_t i, int64_t c0, int64_t c1, Vec<T>* to, int64_t step) {
@@ -292,13 +291,13 @@ void gram_lanes(const Features& f, bool samples, T* out, T* inverse_norm, T* mea
   Memory memory;
   const LaneGroup<S, T> group(f, first, count, samples, memory);
   const int64_t k = group.k;
-  group.store_square(
+  group.store_entries(
       [&](int64_t i, int64_t j) {
         return i >= j ? group.g[packed_row(i) + j] : group.g[packed_row(j) + i];
       },
       k, k, out);
-  group.store_square([&](int64_t, int64_t j) { return group.scale[j]; }, 1, f.n, inverse_norm);
-  std::memset(mean + first * f.d, 0, size_t(count * f.d) * sizeof(T));
+  group.store_entries([&](int64_t, int64_t j) { return group.scale[j]; }, 1, f.n, inverse_norm);
+  std::fill_n(mean + first * f.d, count * f.d, T(0));
   for (int m = 0; m < count; ++m)
     if (group.failed[m])
       gram_one<S, T>(f, first + m, first + m + 1, samples, out, inverse_norm, mean,
