@@ -186,7 +186,9 @@ def floors(q: Quantity, z: Tensor, value: Tensor, rows: dict) -> tuple[Tensor, T
     # No backend evaluates f closer to zero than a tenth of eps.
     _, f, size = spectral_terms(q, torch.maximum(rho, delta / 40), total)
     up, steep, _ = spectral_terms(q, rho + delta, total)
-    down = spectral_terms(q, (rho - delta).clamp(min=0), total)[0]
+    down, _, size_down = spectral_terms(q, (rho - delta).clamp(min=0), total)
+    if q.kind == "coding_rate":  # its f is largest where delta has taken all of an eigenvalue
+        size = size_down
     conditioning = torch.maximum((up - h).abs(), (down - h).abs()).norm(dim=-1)
     roundings = 4 * value.abs() + (2 * k if q.kind == "coding_rate" else 4 * k**0.5)
     if q.kind == "entropy" and q.parameter not in (1, math.inf):
