@@ -25,7 +25,7 @@ from mmae_fast import fast_matrix_entropy, losses
 from mmae_fast.augment import VIEWS, Batches, generator, normalise, two_views
 from mmae_fast.checkpoint import latest_checkpoint, load_state, pick_device, save_checkpoint
 from mmae_fast.config import METHODS, LossConfig, PretrainConfig, UserError, to_dict
-from mmae_fast.data import ImageData, load_data
+from mmae_fast.data import ImageData, load_data, save_skipped
 from mmae_fast.losses import MatrixEntropyRegularizer
 from mmae_fast.measures import shared_information
 from mmae_fast.models import MaeOutput, MaskedAutoencoder, TwoBranch, build_model
@@ -88,10 +88,11 @@ def pretrain(
         sums = sums.to(device)
     else:
         create_run(config, meta["data"])
+        save_skipped(config.out, train, test)
     metrics = MetricsFile(config.out / "metrics.jsonl", start)
 
     mean, std = (torch.tensor(meta["data"][key], device=device) for key in ("mean", "std"))
-    batches = Batches(train.images, mean, std, config)
+    batches = Batches(train.crop_source, mean, std, config, size=train.img_size)
     held_out = (test or train).images[:HELD_OUT].to(device)
     rng = generator(device, config.seed, VIEWS)
     views = two_views(held_out[:MONITORED], mean, std, rng, config)
@@ -136,6 +137,7 @@ def pretrain(
                 record |= {"loss": total} | dict(zip(objective.terms, parts, strict=True))
                 record |= feature_metrics(model, held_out)
                 record |= {"lr": lr, "images_per_second": config.batch_size / seconds}
+                record["data_wait_share"] = batches.wait_share()
                 record |= objective.share(out, seconds)
             if monitor_due:
                 before = time.perf_counter()
@@ -316,7 +318,7 @@ def progress_note(record: dict[str, float]) -> str:
     """The gist of a line of metrics.jsonl, beside the bar."""
     note = (
         f"loss {record['loss']:.3f}, effective rank {record['effective_rank']:.1f}, "
-        f"{record['images_per_second']:,.0f} img/s"
+        f"{record['images_per_second']:,.0f} img/s, waited for data {record['data_wait_share']:.1%}"
     )
     if "monitor_share" in record:
         part = "projector" if "projector_entropy_1" in record else "backbone"

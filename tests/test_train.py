@@ -243,7 +243,7 @@ def test_config_round_trip():
 # --- Interruption --------------------------------------------------------------------------------
 
 
-TIMINGS = ("images_per_second", "regularizer_share", "monitor_share")
+TIMINGS = ("images_per_second", "regularizer_share", "monitor_share", "data_wait_share")
 
 
 def final_files(run):
