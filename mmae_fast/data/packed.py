@@ -253,7 +253,7 @@ def open_pack(path: Path) -> ImageData:
         images.view(shape),
         labels,
         tuple(manifest["classes"]),
-        f"{path} ({len(images.view(shape)):,} images packed from {manifest['origin']}, {checked})",
+        f"{path} ({manifest['count']:,} images packed from {manifest['origin']}, {checked})",
         histogram=torch.tensor(manifest["histogram"]),
     )
 
@@ -295,11 +295,10 @@ def describe_pack(path: Path) -> str:
     """What a pack holds, in lines for the screen."""
     manifest = read_manifest(path)
     channels, height, width = manifest["shape"]
-    count = manifest["count"]
-    classes = manifest["classes"]
+    count, classes = manifest["count"], manifest["classes"]
+    size = f"{height}x{width}, {channels} channel{'s' if channels > 1 else ''}, uint8"
     lines = [
-        f"{count:,} images of {height}x{width}, {channels} channels, uint8: "
-        f"{count * channels * height * width / 2**20:,.1f} MiB",
+        f"{count:,} images of {size}: {count * channels * height * width / 2**20:,.1f} MiB",
         f"from {manifest['origin']}",
         f"{len(classes)} classes: {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}"
         if LABELS in manifest["files"]
