@@ -286,21 +286,32 @@ def test_hugging_face_says_what_to_install(monkeypatch):
         open_source("hf:owner/name")
 
 
-def test_hugging_face(tmp_path):
+def test_hugging_face(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    images = [Image.new("RGB", (10, 8), (i, i, i)) for i in range(4)]
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     features = datasets.Features(
-        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])}
+        {"kind": datasets.ClassLabel(names=["cat", "dog"]), "picture": datasets.Image()}
     )
-    rows = {"picture": images, "kind": [0, 1, 1, 0]}
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features)}).save_to_disk(
-        tmp_path / "saved"
-    )
-    train, _ = load_data(DataConfig(train=f"hf:{tmp_path / 'saved'}", img_size=8))
-    assert train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert train.labels.tolist() == [0, 1, 1, 0] and train.classes == ("cat", "dog")
-    with pytest.raises(UserError, match="split test"):
-        open_source(f"hf:{tmp_path / 'saved'}", "test")
+    images = [encoded(Image.new("RGB", (10, 8), (i, i, i))) for i in range(4)]
+    images[2] = b"damaged"
+    rows = {"kind": [0, 1, 1, 0], "picture": [{"bytes": raw, "path": None} for raw in images]}
+    table = pyarrow.Table.from_pydict(rows, schema=features.arrow_schema)
+    (tmp_path / "copy").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "copy" / "train.parquet")
+    copy = datasets.load_dataset(str(tmp_path / "copy"), split="train")
+    copy.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": copy}).save_to_disk(tmp_path / "parts")
+    for form in ("copy", "one", "parts"):
+        train, _ = load_data(DataConfig(train=f"hf:{tmp_path / form}", img_size=8))
+        assert train.images[:, 0, 0, 0].tolist() == [0, 1, 3]
+        assert train.labels.tolist() == [0, 1, 0] and train.classes == ("cat", "dog")
+        assert [name for name, _ in train.skipped] == ["row 2"]
+    for form in ("copy", "parts"):
+        with pytest.raises(UserError, match="split test"):
+            open_source(f"hf:{tmp_path / form}", "test")
 
 
 @pytest.mark.parametrize("name", ["CIFAR100", "SVHN", "STL10"])

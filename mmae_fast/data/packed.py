@@ -23,8 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from mmae_fast.config import PackConfig, UserError, to_dict
+from mmae_fast.config import PackConfig, UserError
 from mmae_fast.data.builtin import BUILT_IN
+from mmae_fast.data.decode import Spec
 from mmae_fast.data.images import ImageData, histogram
 from mmae_fast.data.reading import Tally, check_labels, decode_all, make_spec
 from mmae_fast.data.sources import Source, from_images, open_source
@@ -59,73 +60,80 @@ class _Progress:
 
 
 def write_pack(config: PackConfig) -> Path:
-    """Decode a source into a pack, or finish one that was interrupted.
-
-    Raises: UserError: what the sources raise; the pack exists; an interrupted one of other images
-        or options, or in the hands of another process.
-    """
-    out = config.out.expanduser()
-    if out.exists():
-        raise UserError(f"{out} exists; remove it, or choose another folder")
+    """Decode what the configuration names into a pack, see ``pack_source``."""
     if config.source in BUILT_IN:
         source = from_images(BUILT_IN[config.source](config.split, config.cache.expanduser()))
     else:
         source = open_source(config.source, config.split)
     spec = make_spec(source, config.img_size, config.in_chans, config.value_range)
-    options = {k: v for k, v in to_dict(config).items() if k not in ("out", "cache")}
-    key = json.dumps([options, asdict(spec), source.identity, len(source.samples)])
+    return pack_source(source, spec, config.out.expanduser(), config.strict)
 
+
+def pack_source(source: Source, spec: Spec, out: Path, strict: bool = False) -> Path:
+    """Decode a source into a pack, or finish one that was interrupted.
+
+    Raises: UserError: what decoding raises; the pack exists; an interrupted one of other images or
+        options, or in the hands of another process.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; remove it, or choose another folder")
+    key = json.dumps([asdict(spec), strict, source.origin, source.identity, len(source.samples)])
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / IMAGES).open("a+b") as images, (partial / LABELS).open("a+b") as labels:
         _lock(images, partial)
-        progress = _read_progress(partial, hashlib.sha256(key.encode()).hexdigest())
+        progress = _read_progress(partial, _sha256(key.encode()))
         image_bytes = spec.channels * spec.size[0] * spec.size[1]
         _cut(images, progress.count * image_bytes)
         _cut(labels, progress.count * 8)
-        tally = Tally(source, spec, config.strict)
+        tally = Tally(source, spec, strict)
         tally.skipped, tally.low, tally.high = progress.skipped, progress.low, progress.high
         if progress.read:
             print(f"Going on after {progress.read:,} of {len(source.samples):,} images", flush=True)
         with Board() as board:
             task = board.task("Packing")
             task.start(len(source.samples), progress.read)
-            for block in _blocks(source, spec, tally, progress.read, block_images(image_bytes)):
+            for block in _blocks(source, spec, tally, progress.read):
                 _append(images, labels, partial, progress, tally, block)
                 task.advance(block[2])
                 task.say(f"{progress.count:,} images")
         labels.seek(0)
         known = check_labels(np.frombuffer(labels.read(), np.int64).tolist(), tally)
-    for line in tally.report():
-        print(line, flush=True)
+        for line in tally.report():
+            print(line, flush=True)
+        if known is None:
+            (partial / LABELS).unlink()
+        (partial / SKIPPED).write_text("".join(f"{name}\t{why}\n" for name, why in tally.skipped))
+        _write_manifest(partial, tally, progress)
+        (partial / PROGRESS).unlink()
+        os.rename(partial, out)
+    return out
 
-    if known is None:
-        (partial / LABELS).unlink()
-    (partial / SKIPPED).write_text("".join(f"{name}\t{why}\n" for name, why in tally.skipped))
-    small = [name for name in (LABELS, SKIPPED) if (partial / name).exists()]
+
+def _write_manifest(folder: Path, tally: Tally, progress: _Progress) -> None:
+    source, spec = tally.source, tally.spec
+    small = [name for name in (LABELS, SKIPPED) if (folder / name).exists()]
     content = {
         "format": FORMAT,
         "count": progress.count,
         "shape": [spec.channels, *spec.size],
         "classes": list(source.classes),
         "origin": source.origin,
-        "options": options,
+        "options": asdict(spec) | {"strict": tally.strict},
         "skipped": len(tally.skipped),
         "values": [tally.low, tally.high] if tally.low <= tally.high else None,
         "histogram": progress.histogram,
-        "files": {name: _sha256((partial / name).read_bytes()) for name in small},
-        "block_images": block_images(image_bytes),
+        "files": {name: _sha256((folder / name).read_bytes()) for name in small},
+        "block_images": block_images(spec),
         "blocks": progress.blocks,
     }
+    content = json.loads(json.dumps(content))  # tuples become lists, as they are read
     content["manifest"] = _sha256(json.dumps(content).encode())
-    _write_durably(partial / MANIFEST, json.dumps(content, indent=1))
-    (partial / PROGRESS).unlink()
-    os.rename(partial, out)
-    return out
+    _write_durably(folder / MANIFEST, json.dumps(content, indent=1))
 
 
-def block_images(image_bytes: int) -> int:
-    return max(1, BLOCK_BYTES // image_bytes)
+def block_images(spec: Spec) -> int:
+    return max(1, BLOCK_BYTES // (spec.channels * spec.size[0] * spec.size[1]))
 
 
 def _lock(file: BinaryIO, folder: Path) -> None:
@@ -158,14 +166,14 @@ def _cut(file: BinaryIO, size: int) -> None:
 Block = tuple[list[np.ndarray], list[int], int]  # images, labels, samples read for them
 
 
-def _blocks(source: Source, spec: Any, tally: Tally, start: int, size: int) -> Iterator[Block]:
+def _blocks(source: Source, spec: Spec, tally: Tally, start: int) -> Iterator[Block]:
     images, labels, read = [], [], 0
     for sample, result in decode_all(source, spec, start):
         read += 1
         if tally.add(sample, result):
             images.append(result.pixels)
             labels.append(sample.label)
-        if len(images) == size:
+        if len(images) == block_images(spec):
             yield images, labels, read
             images, labels, read = [], [], 0
     if read:
