@@ -34,8 +34,10 @@ class Batches:
     parts: together they have, bit for bit, what a single process would have.
 
     Args:
-        images: all of them, uint8, shape ``(N, C, H, W)``.
+        images: all of them, uint8, shape ``(N, C, H, W)``; copied if not contiguous.
         mean, std: of each channel, shape ``(C,)``, on the device to train on.
+        config: what to do; its ``batch_size`` is that of all processes together.
+        rank, world: which part of how many.
         size: height and width of the crops. Default: those of the images.
     Attributes:
         wait_seconds: time that calls have taken so far, while the training loop stood still. On a
@@ -55,7 +57,7 @@ class Batches:
     ) -> None:
         if config.batch_size % world:
             raise ValueError(f"batch_size {config.batch_size} is not a multiple of {world} parts")
-        self.images, self.mean, self.std, self.config = images, mean, std, config
+        self.images, self.mean, self.std, self.config = images.contiguous(), mean, std, config
         self.shard = rank, world
         self.size = tuple(size or images.shape[2:])
         self.two_branch = METHODS[config.loss.method][0] is None

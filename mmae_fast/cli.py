@@ -138,7 +138,10 @@ def data(arguments: list[str]) -> None:
     from mmae_fast.data import packed
 
     if action == "pack":
-        out = packed.write_pack(config)
+        try:
+            out = packed.write_pack(config)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
         print(f"{packed.describe_pack(out)}\nPack: {out}")
     elif action == "info":
         print(packed.describe_pack(config.pack))

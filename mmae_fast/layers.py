@@ -156,8 +156,10 @@ def load_images(subject: Subject, config: AnalyzeConfig) -> Tensor:
     For models of timm they are resized (bilinear, antialiased), grey ones repeated over channels.
     """
     channels, height, width = subject.size
-    side = config.img_size or ((height, width) if decoded_now(config.data) else None)
-    train, test = load_data(DataConfig(config.data, None, side, config.cache))
+    files = decoded_now(config.data)  # they can be made what the model takes
+    size = config.img_size or ((height, width) if files else None)
+    in_chans = channels if files else None
+    train, test = load_data(DataConfig(config.data, None, size, config.cache, in_chans))
     part = test or train
     chosen = torch.linspace(0, len(part) - 1, min(config.count, len(part))).long()
     images = part.images[chosen]

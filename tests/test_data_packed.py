@@ -78,6 +78,15 @@ def test_training_finds_the_packs_of_both_parts(tmp_path):
     # --split chooses a part of a folder of parts
     out = write_pack(PackConfig(str(tmp_path / "images"), tmp_path / "v", split="val"))
     assert open_pack(out).classes == ("ant", "bee")
+    with pytest.raises(UserError, match="is a pack already"):
+        write_pack(PackConfig(str(out), tmp_path / "again"))
+    with pytest.raises(UserError, match="absent is missing"):
+        write_pack(PackConfig(str(tmp_path / "absent"), tmp_path / "again"))
+
+
+def test_mapped_images_give_no_warning(config, recwarn):
+    open_pack(write_pack(config))
+    assert not recwarn.list
 
 
 def test_crops_come_from_a_larger_pack(tmp_path, config):
@@ -271,17 +280,18 @@ def test_missing_and_damaged_files(config):
 # --- Memory --------------------------------------------------------------------------------------
 
 
-def test_a_pack_is_not_read_into_memory(tmp_path):
-    """Opening and a batch of a pack of 1.5 GiB (a hole in a file) takes a fraction of that."""
+def test_a_pack_larger_than_the_memory(tmp_path):
+    """Opening and batches of a pack of twice the machine's memory (a hole in a file)."""
     out = tmp_path / "pack"
     out.mkdir()
-    shape = [3, 64, 64]
-    count = 3 * 2**29 // (3 * 64 * 64)
+    shape = [3, 512, 512]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    count = 2 * memory // (3 * 512 * 512)
     with (out / "images.u8").open("wb") as file:
-        file.truncate(count * 3 * 64 * 64)
+        file.truncate(count * 3 * 512 * 512)
     content = {"format": packed.FORMAT, "count": count, "shape": shape, "classes": []}
     content |= {"origin": "a hole", "files": {}, "block_images": count, "blocks": []}
-    content["histogram"] = [[count * 64 * 64] + [0] * 255] * 3
+    content["histogram"] = [[count * 512 * 512] + [0] * 255] * 3
     content["manifest"] = packed._sha256(json.dumps(content).encode())
     (out / "manifest.json").write_text(json.dumps(content))
     code = (
@@ -293,7 +303,7 @@ def test_a_pack_is_not_read_into_memory(tmp_path):
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "data = open_pack(Path(sys.argv[1]))\n"
         "mean, std = map(torch.tensor, data.stats())\n"
-        "batches = Batches(data.images, mean, std, PretrainConfig(batch_size=64))\n"
+        "batches = Batches(data.images, mean, std, PretrainConfig(batch_size=4))\n"
         "for step in range(3): batches(step)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
     )
@@ -351,3 +361,39 @@ def test_command_line(source, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["data", "pack", "--help"])
     assert "usage: mmae data pack" in capsys.readouterr().out
+
+
+def test_models_take_oblong_grey_packs_and_folders(tmp_path, capsys):
+    """Trained, evaluated and analysed, all from the command line."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(6):
+                image = Image.fromarray(rng.integers(0, 4096, (12, 20), dtype=np.uint16))
+                image.save(tmp_path / "images" / part / name / f"{i}.png")
+        arguments = ["--img-size", "10", "15", "--in-chans", "1", "--value-range", "0", "4095"]
+        source, out = (str(tmp_path / kind / part) for kind in ("images", "packs"))
+        cli.main(["data", "pack", source, out, *arguments])
+    (tmp_path / "images" / "train" / "a" / "7.png").write_bytes(b"damaged")
+    small = ["--model.patch-size", "4", "--model.embed-dim", "16", "--model.depth", "1"]
+    small += ["--model.num-heads", "2", "--model.decoder-embed-dim", "8", "--batch-size", "4"]
+    small += ["--model.decoder-num-heads", "2", "--device", "cpu", "--epochs", "1"]
+    size = ["--data.img-size", "8", "12"]
+    for kind in ("images", "packs"):
+        options = ["--data.in-chans", "1", "--data.value-range", "0", "4095"]
+        options = options if kind == "images" else []
+        run, data = str(tmp_path / f"run-{kind}"), str(tmp_path / kind)
+        cli.main(["pretrain", "--data.train", data, "--out", run, *size, *options, *small])
+        described = json.loads((tmp_path / f"run-{kind}" / "config.json").read_text())["data"]
+        assert (described["img_size"], described["in_chans"]) == ([8, 12], 1)
+        skipped = tmp_path / f"run-{kind}" / "skipped.txt"
+        assert skipped.exists() == (kind == "images")
+        records = (tmp_path / f"run-{kind}" / "metrics.jsonl").read_text().splitlines()
+        assert 0 < json.loads(records[-1])["data_wait_share"] < 1
+        assert "waited for data" in capsys.readouterr().out
+        cli.main(["knn", run, "--device", "cpu"])
+    assert "7.png\tno image of a known format" in (tmp_path / "run-images/skipped.txt").read_text()
+    analysis = ["--out", str(tmp_path / "analysis"), "--device", "cpu"]
+    cli.main(["analyze", run, "--data", str(tmp_path / "images"), *analysis])
+    assert (tmp_path / "analysis" / "analysis.json").exists()

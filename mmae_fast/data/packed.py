@@ -14,7 +14,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +30,7 @@ from mmae_fast.data.builtin import BUILT_IN
 from mmae_fast.data.decode import Spec
 from mmae_fast.data.images import ImageData, histogram
 from mmae_fast.data.reading import Tally, check_labels, decode_all, make_spec
-from mmae_fast.data.sources import Source, from_images, open_source
+from mmae_fast.data.sources import Source, from_images, open_source, part_of
 from mmae_fast.progress import Board
 
 FORMAT = "mmae_fast pack 1"
@@ -61,6 +63,9 @@ class _Progress:
 
 def write_pack(config: PackConfig) -> Path:
     """Decode what the configuration names into a pack, see ``pack_source``."""
+    path = part_of(Path(config.source).expanduser(), config.split)
+    if is_pack(path):
+        raise UserError(f"{path} is a pack already; pack what it was made from")
     if config.source in BUILT_IN:
         source = from_images(BUILT_IN[config.source](config.split, config.cache.expanduser()))
     else:
@@ -242,23 +247,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def open_pack(path: Path) -> ImageData:
-    """Images of a pack, memory-mapped: read from the disk as they are used.
+    """Images of a pack, memory-mapped: read from the disk as they are used. They cannot be written
+    to: that would end the process.
 
     Raises: UserError: truncated or altered files, named. The images of packs of more than 1 GiB
         are not read for that, only their number is checked; ``verify_pack`` reads them.
     """
     manifest = read_manifest(path)
     shape = (manifest["count"], *manifest["shape"])
-    size = int(np.prod(shape))
-    whole = size <= VERIFY_BYTES
+    whole = math.prod(shape) <= VERIFY_BYTES
     verify_pack(path, manifest, images=whole)
-    images = torch.from_file(str(path / IMAGES), shared=False, size=size, dtype=torch.uint8)
+    # Read-only and shared, so that the system lets a file larger than its memory be mapped.
+    mapped = np.memmap(path / IMAGES, np.uint8, "r", shape=shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        images = torch.from_numpy(mapped)
     labels = None
     if LABELS in manifest["files"]:
         labels = torch.from_numpy(np.fromfile(path / LABELS, np.int64))
     checked = "checksums verified" if whole else "sizes verified"
     return ImageData(
-        images.view(shape),
+        images,
         labels,
         tuple(manifest["classes"]),
         f"{path} ({manifest['count']:,} images packed from {manifest['origin']}, {checked})",
@@ -279,7 +288,7 @@ def verify_pack(path: Path, manifest: dict[str, Any] | None = None, images: bool
         if _sha256(file.read_bytes()) != expected:
             raise UserError(f"{file} was altered: its checksum does not fit")
     file, count = path / IMAGES, manifest["count"]
-    image_bytes = int(np.prod(manifest["shape"]))
+    image_bytes = math.prod(manifest["shape"])
     if not file.exists():
         raise UserError(f"{file} is missing")
     size = file.stat().st_size

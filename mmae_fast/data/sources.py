@@ -56,7 +56,8 @@ def open_source(name: str, split: str = "train") -> Source:
         return tar_shards([path], str(path))
     if path.suffix == ".npz":
         return packed_jpegs(path)
-    raise UserError(f"{path} is neither a folder nor a .tar or packed .npz file")
+    kind = "neither a folder nor a .tar or packed .npz file" if path.exists() else "missing"
+    raise UserError(f"{path} is {kind}")
 
 
 def part_of(path: Path, split: str) -> Path:
