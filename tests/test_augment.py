@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from mmae_fast import augment as augmentation
 from mmae_fast.augment import Batches, augment, epoch_order, generator, normalise
 from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig
 from mmae_fast.data import ImageData
@@ -165,8 +166,10 @@ def test_batches_are_functions_of_the_step(method):
     assert not torch.equal(other(0)[0], expected[0][0])
 
 
-def test_collecting_ahead_does_not_change_the_images(tmp_path):
-    """From a file that is mapped, and while the next ones are collected."""
+@pytest.mark.parametrize("part_bytes", [1 << 20, 2000, 1])
+def test_collecting_ahead_does_not_change_the_images(tmp_path, monkeypatch, part_bytes):
+    """From a file that is mapped, by one or several threads, while the next are collected."""
+    monkeypatch.setattr(augmentation, "PART_BYTES", part_bytes)
     images = random_images()
     path = tmp_path / "images.u8"
     images.numpy().tofile(path)
@@ -181,7 +184,7 @@ def test_collecting_ahead_does_not_change_the_images(tmp_path):
 def test_failures_of_the_collecting_thread_reach_the_caller():
     batches = make_batches(random_images())
 
-    def fail(chosen):
+    def fail(chosen, out):
         raise OSError("the disk is gone")
 
     batches._collect = fail
@@ -224,9 +227,9 @@ def test_wait_is_measured():
     assert batches.wait_share() == 0
     collect = batches._collect
 
-    def slow(chosen):
+    def slow(chosen, out):
         time.sleep(0.15)
-        return collect(chosen)
+        collect(chosen, out)
 
     batches._collect = slow
     batches(0)
@@ -237,3 +240,21 @@ def test_wait_is_measured():
     batches(1)
     assert batches.wait_seconds - waited < 0.1
     assert batches.wait_share() < 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["m_mae", "simclr"])
+def test_parts_make_up_the_batch_on_a_gpu(method):
+    """From pinned memory, and from images on the GPU; while a kernel keeps it busy."""
+    images, device = random_images(), torch.device("cuda")
+    config = make_batches(images, method).config
+    mean = std = torch.full((3,), 0.5, device=device)
+    whole = Batches(images.to(device), mean, std, config)
+    parts = [Batches(images, mean, std, config, rank, 2) for rank in range(2)]
+    busy = torch.rand(4096, 4096, device=device)
+    for step in range(12):
+        busy = torch.nn.functional.normalize(busy @ busy)
+        found = [part(step) for part in parts]
+        for i, expected in enumerate(whole(step)):
+            torch.testing.assert_close(torch.cat([part[i] for part in found]), expected)
