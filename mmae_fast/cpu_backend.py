@@ -43,6 +43,11 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
     return torch_backend.matrix_entropy_fwd(*arguments, gram, spectral_matrix)
 
 
+def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
+    arguments = (z, mask, alpha, normalize, center, need_weight)
+    return torch_backend.rational_entropy_fwd(*arguments, gram)
+
+
 def gram_entropy_fwd(g, alpha, need_weight):
     return torch_backend.gram_entropy_fwd(g, alpha, need_weight, spectral_matrix)
 

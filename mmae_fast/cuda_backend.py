@@ -25,6 +25,7 @@ from .torch_backend import (  # noqa: F401 - the backend's own
     gram_entropy_fwd,
     matrix_log_bwd,
     matrix_log_fwd,
+    rational_entropy_fwd,
 )
 
 try:
