@@ -24,8 +24,10 @@ from .torch_backend import (  # noqa: F401 - the backend's own
     GramParts,
     gram_coding_rate_fwd,
     gram_entropy_fwd,
+    gram_rational_entropy_fwd,
     matrix_log_bwd,
     matrix_log_fwd,
+    rational_entropy_fwd,
 )
 
 try:
