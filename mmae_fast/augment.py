@@ -29,9 +29,19 @@ class Batches:
     Args:
         images: all of them, uint8, shape ``(N, C, H, W)``.
         mean, std: of each channel, shape ``(C,)``, on the device to train on.
+        rank, world: which part of the batch, of how many equal ones.
     """
 
-    def __init__(self, images: Tensor, mean: Tensor, std: Tensor, config: PretrainConfig) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        config: PretrainConfig,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.rank, self.world = rank, world
         self.images, self.mean, self.std, self.config = images, mean, std, config
         self.two_branch = METHODS[config.loss.method][0] is None
         self.patches = images[0, 0].numel() // config.model.patch_size**2
@@ -41,6 +51,10 @@ class Batches:
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Normalised, augmented images ``(B, C, H, W)`` and uniform noise ``(B, patches)``; or two
         views ``(B, C, H, W)``."""
+        first, second = self._whole(step)
+        return first.chunk(self.world)[self.rank], second.chunk(self.world)[self.rank]
+
+    def _whole(self, step: int) -> tuple[Tensor, Tensor]:
         config, device = self.config, self.mean.device
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:

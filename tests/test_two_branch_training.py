@@ -26,12 +26,13 @@ from mmae_fast.data import ImageData
 from mmae_fast.evaluate import visualize
 from mmae_fast.models import MaskedAutoencoder, TwoBranch, build_model
 from mmae_fast.runs import read_metrics
-from mmae_fast.train import Interrupted, pretrain, view_metrics
+from mmae_fast.train import Interrupted, pretrain
+from mmae_fast.watch import view_metrics
 
 CPU = torch.device("cpu")
 METHODS = ("barlow_twins", "spectral", "simclr")
 MODEL = ModelConfig(patch_size=4, embed_dim=16, depth=1, num_heads=2)
-TIMINGS = ("images_per_second", "monitor_share")
+TIMINGS = ("images_per_second", "monitor_share", "data_wait")
 
 
 @pytest.fixture
