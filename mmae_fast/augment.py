@@ -6,6 +6,9 @@ stands (epoch, step). A resumed run therefore sees what the uninterrupted one wo
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,12 +27,20 @@ JITTERED = 0.8  # share of the images whose colours are jittered, as in SimCLR
 class Batches:
     """What a model is given at a step: ``model(*batches(step))``.
 
-    Images and the noise of their masks for a masked autoencoder, two views for two branches.
+    Images and the noise of their masks for a masked autoencoder, two views for two branches. A
+    thread collects the images of the next step meanwhile, from memory or from a mapped file.
+
+    With ``world`` processes each has its part of every batch, the ``rank``-th of equal, consecutive
+    parts: together they have, bit for bit, what a single process would have.
 
     Args:
         images: all of them, uint8, shape ``(N, C, H, W)``.
         mean, std: of each channel, shape ``(C,)``, on the device to train on.
-        rank, world: which part of the batch, of how many equal ones.
+        size: height and width of the crops. Default: those of the images.
+    Attributes:
+        wait_seconds: time that calls have taken so far, while the training loop stood still. On a
+            GPU they only start the augmentation, on a CPU they also do it.
+    Raises: ValueError: a batch size that ``world`` does not divide.
     """
 
     def __init__(
@@ -40,34 +51,78 @@ class Batches:
         config: PretrainConfig,
         rank: int = 0,
         world: int = 1,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        self.rank, self.world = rank, world
+        if config.batch_size % world:
+            raise ValueError(f"batch_size {config.batch_size} is not a multiple of {world} parts")
         self.images, self.mean, self.std, self.config = images, mean, std, config
+        self.shard = rank, world
+        self.size = tuple(size or images.shape[2:])
         self.two_branch = METHODS[config.loss.method][0] is None
-        self.patches = images[0, 0].numel() // config.model.patch_size**2
+        self.patches = self.size[0] * self.size[1] // config.model.patch_size**2
         self.steps_per_epoch = len(images) // config.batch_size  # an incomplete batch is left out
+        self.wait_seconds = 0.0
+        self._measured_from: tuple[float, float] | None = None
         self._epoch, self._order = -1, torch.empty(0)
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._next: tuple[int, Future[Tensor]] | None = None
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Normalised, augmented images ``(B, C, H, W)`` and uniform noise ``(B, patches)``; or two
-        views ``(B, C, H, W)``."""
-        first, second = self._whole(step)
-        return first.chunk(self.world)[self.rank], second.chunk(self.world)[self.rank]
-
-    def _whole(self, step: int) -> tuple[Tensor, Tensor]:
-        config, device = self.config, self.mean.device
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(len(self.images), config.seed, epoch)
-        chosen = self._order[position * config.batch_size :][: config.batch_size]
-        imgs = self.images[chosen].to(device)
+        views ``(B, C, H, W)``. B is the batch size divided by ``world``."""
+        start = time.perf_counter()
+        self._measured_from = self._measured_from or (start, self.wait_seconds)
+        config, device, shard = self.config, self.mean.device, self.shard
+        imgs = self._collected(step).to(device, non_blocking=True)
         rng = generator(device, config.seed, AUGMENTATION, step)
         if self.two_branch:
-            return two_views(imgs, self.mean, self.std, rng, config)
-        imgs = normalise(imgs, self.mean, self.std)
-        imgs = augment(imgs, rng, config.min_crop, config.hflip)
-        rng = generator(device, config.seed, MASK, step)
-        return imgs, torch.rand(len(imgs), self.patches, generator=rng, device=device)
+            batch = two_views(imgs, self.mean, self.std, rng, config, self.size, shard)
+        else:
+            imgs = normalise(imgs, self.mean, self.std)
+            imgs = augment(imgs, rng, config.min_crop, config.hflip, self.size, shard)
+            rng = generator(device, config.seed, MASK, step)
+            batch = imgs, _uniform(rng, shard, len(imgs), self.patches)
+        self.wait_seconds += time.perf_counter() - start
+        return batch
+
+    def wait_share(self) -> float:
+        """Share of the time that calls took, since ``wait_share`` was called last or else the first
+        batch. Equivalent to ``wait_seconds`` over the time by the clock, both since then."""
+        if self._measured_from is None:
+            return 0.0
+        start, waited = self._measured_from
+        now = time.perf_counter()
+        self._measured_from = now, self.wait_seconds
+        return (self.wait_seconds - waited) / (now - start)
+
+    def _collected(self, step: int) -> Tensor:
+        if self.images.is_cuda:
+            return self.images[self._chosen(step).to(self.images.device)]
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._thread.submit(self._collect, self._chosen(step))
+        images = self._next[1].result()
+        self._next = step + 1, self._thread.submit(self._collect, self._chosen(step + 1))
+        return images
+
+    def _chosen(self, step: int) -> Tensor:
+        """Indices of this process's images of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = epoch_order(len(self.images), self.config.seed, epoch)
+        rank, world = self.shard
+        part = self.config.batch_size // world
+        return self._order[position * self.config.batch_size + rank * part :][:part]
+
+    def _collect(self, chosen: Tensor) -> Tensor:
+        pinned = self.mean.is_cuda  # so that the copy to the GPU runs beside the step
+        out = torch.empty(
+            (len(chosen), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pinned
+        )
+        # NumPy's copy stays in this thread; torch's would start a second set of threads here.
+        # "clip" because "raise" copies once more; the indices are a permutation's.
+        np.take(self.images.numpy(), chosen.numpy(), axis=0, out=out.numpy(), mode="clip")
+        return out
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
@@ -87,27 +142,51 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images.float() / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
 
 
+def _uniform(rng: torch.Generator, shard: tuple[int, int], *shape: int, dim: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1) for this process's images, which ``shape`` counts along ``dim``: a
+    part of those for the whole batch, drawn by every process."""
+    rank, world = shard
+    part = shape[dim]
+    whole = [size * world if i == dim else size for i, size in enumerate(shape)]
+    draw = torch.rand(whole, generator=rng, device=rng.device)
+    return draw.narrow(dim, rank * part, part)
+
+
 def two_views(
-    images: Tensor, mean: Tensor, std: Tensor, rng: torch.Generator, config: PretrainConfig
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    rng: torch.Generator,
+    config: PretrainConfig,
+    size: tuple[int, int] | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, Tensor]:
     """Two views of each image: crop, flip and, for 3 channels, colour; normalised.
 
     Args:
         images: uint8 ``(B, C, H, W)``, on the device of ``mean``, ``std`` and ``rng``.
         config: its ``min_crop``, ``hflip``, ``two_branch.jitter`` and ``two_branch.grey``.
-    Returns: twice ``(B, C, H, W)``, float32.
+        size, shard: as in ``augment``.
+    Returns: twice ``(B, C, *size)``, float32.
     """
 
     def view() -> Tensor:
-        pixels = augment(images.float() / 255, rng, config.min_crop, config.hflip)
+        pixels = augment(images.float() / 255, rng, config.min_crop, config.hflip, size, shard)
         if pixels.shape[1] == 3:
-            pixels = jitter_colours(pixels, rng, config.two_branch.jitter, config.two_branch.grey)
+            strength, grey = config.two_branch.jitter, config.two_branch.grey
+            pixels = jitter_colours(pixels, rng, strength, grey, shard)
         return (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
 
     return view(), view()
 
 
-def jitter_colours(pixels: Tensor, rng: torch.Generator, strength: float, grey: float) -> Tensor:
+def jitter_colours(
+    pixels: Tensor,
+    rng: torch.Generator,
+    strength: float,
+    grey: float,
+    shard: tuple[int, int] = (0, 1),
+) -> Tensor:
     """Random brightness, contrast, saturation and hue, and grey images, of a whole batch.
 
     Ranges as in SimCLR: factors in 1 ± 0.8 s, hue in ± 0.2 s of a turn. All five are linear in the
@@ -118,11 +197,12 @@ def jitter_colours(pixels: Tensor, rng: torch.Generator, strength: float, grey: 
         pixels: RGB in [0, 1], shape ``(B, 3, H, W)``.
         strength: s, >= 0. A share ``JITTERED`` of the images is jittered.
         grey: share of the images that lose their colours.
+        shard: as in ``augment``.
     Returns: same shape, in [0, 1].
     """
     batch, device = len(pixels), pixels.device
-    draw = 2 * torch.rand(4, batch, generator=rng, device=device) - 1
-    jittered, decoloured = torch.rand(2, batch, generator=rng, device=device)
+    draw = 2 * _uniform(rng, shard, 4, batch, dim=1) - 1
+    jittered, decoloured = _uniform(rng, shard, 2, batch, dim=1)
     draw = draw * strength * (jittered < JITTERED)
     brightness, contrast, saturation = (1 + 0.8 * draw[:3]).clamp(min=0)
     angle = 2 * torch.pi * 0.2 * draw[3]
@@ -142,30 +222,39 @@ def jitter_colours(pixels: Tensor, rng: torch.Generator, strength: float, grey: 
 
 
 def augment(
-    images: Tensor, rng: torch.Generator, min_crop: float = 0.2, hflip: bool = True
+    images: Tensor,
+    rng: torch.Generator,
+    min_crop: float = 0.2,
+    hflip: bool = True,
+    size: tuple[int, int] | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Random resized crop and horizontal flip of a whole batch by one bilinear resampling.
 
     The crop has torchvision's distribution: area uniform in [min_crop, 1] of the image's, aspect
-    ratio log-uniform in [3/4, 4/3], the first of ten draws that fits. A crop is never larger than
-    the image, so that resampling magnifies and needs no low-pass filter.
+    ratio log-uniform in [3/4, 4/3], the first of ten draws that fits. Resampling has no low-pass
+    filter: ``size`` should be no less than the images' by more than a quarter.
 
     Args:
         images: shape ``(B, C, H, W)``, float.
         rng: on the device of the images.
-        min_crop: 1 leaves the crop out.
-    Returns: same shape.
+        min_crop: 1 leaves the crop out; of images larger than ``size`` it then is of that size.
+        size: height and width of the result. Default: those of the images.
+        shard: (rank, world): the images are the ``rank``-th of ``world`` equal parts of a batch,
+            and are changed as they would be in the whole batch.
+    Returns: shape ``(B, C, *size)``.
     """
-    if min_crop >= 1 and not hflip:
+    batch, channels, height, width = images.shape
+    out_height, out_width = size or (height, width)
+    if min_crop >= 1 and not hflip and (out_height, out_width) == (height, width):
         return images
-    batch, _, height, width = images.shape
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        draw = torch.rand(*shape, generator=rng, device=images.device)
-        return low + (high - low) * draw
+        return low + (high - low) * _uniform(rng, shard, *shape)
 
     # Half sides of the crop as a share of the image's: grid_sample's coordinates span [-1, 1].
-    half_w = half_h = torch.ones(batch, device=images.device)
+    half_w = torch.full((batch,), out_width / width, device=images.device)
+    half_h = torch.full((batch,), out_height / height, device=images.device)
     if min_crop < 1:
         area = uniform(min_crop, 1.0, batch, 10)
         ratio = uniform(float(np.log(3 / 4)), float(np.log(4 / 3)), batch, 10).exp()
@@ -181,5 +270,5 @@ def augment(
         half_w = torch.where(uniform(0.0, 1.0, batch) < 0.5, -half_w, half_w)
     zero = torch.zeros_like(half_w)
     theta = torch.stack([half_w, zero, centre_x, zero, half_h, centre_y], dim=1).view(batch, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    grid = F.affine_grid(theta, [batch, channels, out_height, out_width], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -1,4 +1,4 @@
-"""Command line: ``mmae pretrain | probe | knn | analyze | visualize | demo | doctor``.
+"""Command line: ``mmae pretrain | probe | knn | analyze | visualize | data | demo | doctor``.
 
 A command imports what it needs when it runs, so that ``mmae --help`` answers at once.
 """
@@ -19,6 +19,8 @@ from mmae_fast.config import (
     AnalyzeConfig,
     DemoConfig,
     EvalConfig,
+    PackConfig,
+    PackedConfig,
     PretrainConfig,
     UserError,
     VisualizeConfig,
@@ -131,6 +133,27 @@ def visualize(arguments: list[str]) -> None:
     print(run(config))
 
 
+def data(arguments: list[str]) -> None:
+    action, *rest = arguments or ["--help"]
+    if action in ("-h", "--help"):
+        print("usage: mmae data pack SOURCE DIR [OPTIONS] | info DIR | verify DIR")
+        return
+    if action not in ("pack", "info", "verify"):
+        raise UserError(f"pack, info or verify, not {action!r}")
+    config = parse(PackConfig if action == "pack" else PackedConfig, f"data {action}", rest)
+
+    from mmae_fast.data import packed
+
+    if action == "pack":
+        out = packed.write_pack(config)
+        print(f"{packed.describe_pack(out)}\nPack: {out}")
+    elif action == "info":
+        print(packed.describe_pack(config.pack))
+    else:
+        packed.verify_pack(config.pack)
+        print(f"{config.pack}: all checksums fit")
+
+
 def demo(arguments: list[str]) -> None:
     config = parse(DemoConfig, "demo", arguments)
 
@@ -154,6 +177,7 @@ COMMANDS = {
     "knn": (knn, "nearest-neighbour accuracy of a pretrained encoder"),
     "analyze": (analyze, "entropies of a model layer by layer, or of trainings over time"),
     "visualize": (visualize, "draw masked and reconstructed images"),
+    "data": (data, "pack images once into a memory-mapped file; describe or verify a pack"),
     "demo": (demo, "compare MAE, U-MAE and M-MAE in minutes on a CPU, with a report"),
     "doctor": (doctor, "say which backends run here, and why the others do not"),
 }

@@ -38,14 +38,55 @@ class DataConfig:
     """Which images to use."""
 
     train: str = "fashion-mnist"
-    """fashion-mnist, digits, cifar10, a packed .npz file, or a folder of images."""
+    """fashion-mnist, digits, cifar10, cifar100, svhn, stl10, stl10-unlabelled; a pack (mmae data
+    pack), a folder of images or of .tar shards, a .tar, an .npz of JPEGs, or hf:NAME."""
     test: str | None = None
     """Test images, same forms. Default: the test part of a built-in set, or val/ or test/ beside
     the train/ of a folder."""
-    img_size: int | None = None
-    """Side in pixels to which the images of a folder are resized and cropped."""
+    img_size: int | tuple[int, int] | None = None
+    """Pixels of a side, or height and width, to which images are resized and cropped when they are
+    decoded; of a larger pack, random crops and centres are taken. Default: all have one size."""
     cache: Path = Path("~/.cache/mmae_fast")
     """Where downloads are kept."""
+    in_chans: int | None = None
+    """Channels: 1 grey, 3 RGB, 4 RGBA, any number of .npy arrays. Default: 3, those of arrays."""
+    value_range: tuple[float, float] | None = None
+    """Of images with more than 8 bits, the values that become 0 and 255. Default: 0 and the
+    largest of unsigned integers, 0 and 1 of floats."""
+    strict: bool = False
+    """Stop at an image that cannot be decoded. Default: skip it and list it in skipped.txt."""
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Decode images once into a pack: one memory-mapped file with checksums, to train from."""
+
+    source: str
+    """Folder of images or of .tar shards, .tar, .npz of JPEGs, hf:NAME, or a built-in set."""
+    out: Path
+    """Folder of the pack. An interrupted pack is continued by the same command."""
+    split: str = "train"
+    """Part of a built-in set or of hf:NAME."""
+    img_size: int | tuple[int, int] | None = None
+    """Pixels of a side, or height and width, to resize and crop to. Random crops of 224 pixels are
+    best taken from 256. Default: as they are, all of one size."""
+    in_chans: int | None = None
+    """Channels: 1 grey, 3 RGB, 4 RGBA, any number of .npy arrays. Default: 3, those of arrays."""
+    value_range: tuple[float, float] | None = None
+    """Of images with more than 8 bits, the values that become 0 and 255. Default: 0 and the
+    largest of unsigned integers, 0 and 1 of floats."""
+    strict: bool = False
+    """Stop at an image that cannot be decoded. Default: skip it and list it in skipped.txt."""
+    cache: Path = Path("~/.cache/mmae_fast")
+    """Where downloads are kept."""
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """A pack."""
+
+    pack: Path
+    """Its folder."""
 
 
 @dataclass(frozen=True)
@@ -292,9 +333,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     """Dataclass to a dictionary that JSON can hold."""
 
     def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in items}
+        return {key: _plain(value) for key, value in items}
 
     return dataclasses.asdict(config, dict_factory=plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
@@ -309,4 +356,6 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
 def _restore(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
+    if isinstance(value, list):
+        return tuple(value)
     return Path(value) if hint is Path else value

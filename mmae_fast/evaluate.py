@@ -155,7 +155,7 @@ def open_run(config: EvalConfig | VisualizeConfig) -> OpenRun:
     model, meta = load_model(config.checkpoint, device)
     data = from_dict(DataConfig, meta["config"]["data"])
     if config.train is not None:
-        data = DataConfig(config.train, None, data.img_size, data.cache)
+        data = dataclasses.replace(data, train=config.train, test=None)
     changes = {"test": config.test, "img_size": config.img_size}
     data = dataclasses.replace(data, **{k: v for k, v in changes.items() if v is not None})
     train, test = load_data(data)

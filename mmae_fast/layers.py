@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmae_fast.augment import VIEWS, generator, normalise, two_views
 from mmae_fast.checkpoint import load_model, pick_device
 from mmae_fast.config import AnalyzeConfig, DataConfig, PretrainConfig, UserError
-from mmae_fast.data import load_data
+from mmae_fast.data import is_pack, load_data, part_of
 from mmae_fast.measures import ORDERS, token_entropy
 from mmae_fast.models import TwoBranch
 
@@ -156,8 +156,9 @@ def load_images(subject: Subject, config: AnalyzeConfig) -> Tensor:
     For models of timm they are resized (bilinear, antialiased), grey ones repeated over channels.
     """
     channels, height, width = subject.size
-    folder = Path(config.data).expanduser().is_dir()
-    side = config.img_size or (height if folder else None)
+    path = Path(config.data).expanduser()
+    decoded_now = path.is_dir() and not is_pack(part_of(path, "train"))
+    side = config.img_size or ((height, width) if decoded_now else None)
     train, test = load_data(DataConfig(config.data, None, side, config.cache))
     part = test or train
     chosen = torch.linspace(0, len(part) - 1, min(config.count, len(part))).long()

@@ -19,7 +19,7 @@ from rich.console import Console
 from mmae_fast.augment import Batches
 from mmae_fast.checkpoint import latest_checkpoint, restore, save_checkpoint
 from mmae_fast.config import METHODS, PretrainConfig, UserError, check, to_dict
-from mmae_fast.data import ImageData, load_data
+from mmae_fast.data import ImageData, load_data, save_skipped
 from mmae_fast.launch import StopOnSignal, World, join, synchronise
 from mmae_fast.logbook import Logbook, check_packages
 from mmae_fast.models import build_model
@@ -87,11 +87,12 @@ def train(
     phases = Phases(world.device)
     update = TrainingStep(model, build_objective(config.loss, world), config, world, phases)
     meta = describe(config, *data)
-    start = open_run(config, meta, update, world)
+    start = open_run(config, data, meta, update, world)
     logbook = Logbook(config, start) if world.main else None
 
     mean, std = (torch.tensor(meta["data"][key], device=world.device) for key in ("mean", "std"))
-    batches = Batches(train_images.images, mean, std, config, world.rank, world.size)
+    part = (world.rank, world.size)
+    batches = Batches(train_images.crop_source, mean, std, config, *part, train_images.img_size)
     watch = Watch(model, (test_images or train_images).images, mean, std, config)
     if start == 0:
         record = {"step": 0, "epoch": 0.0, **watch.features()}
@@ -108,15 +109,13 @@ def train(
 
     task.start(total_steps, start)
     tracing = phases.trace(config.out / "trace.json") if config.profile and world.main else None
-    timed_from, clock, waited = start, time.perf_counter(), 0.0
+    timed_from, clock = start, time.perf_counter()
     with StopOnSignal(world) as stop:
         for step in range(start, total_steps):
             if tracing:
                 next(tracing)
-            before = time.perf_counter()
             with phases("data"):
                 inputs = batches(step)
-            waited += time.perf_counter() - before
             lr = learning_rate(step, peak_lr, warmup_steps, total_steps)
             out = update(inputs, lr)
             done = step + 1
@@ -128,13 +127,12 @@ def train(
             log_due, monitor_due = due(config.log_every), due(config.monitor_every)
             if log_due or monitor_due:
                 synchronise(world.device)
-                elapsed = time.perf_counter() - clock
-                seconds = elapsed / (done - timed_from)
+                seconds = (time.perf_counter() - clock) / (done - timed_from)
                 record = {"step": done, "epoch": done / steps_per_epoch}
             if log_due:
                 record |= update.read() | watch.features() | {"lr": lr}
                 record["images_per_second"] = config.batch_size / seconds
-                record["data_wait"] = waited / elapsed
+                record["data_wait_share"] = batches.wait_share()
                 record |= update.objective.share(out, seconds)
             if monitor_due:
                 record |= watch.information()
@@ -154,7 +152,7 @@ def train(
             if stopping and done < total_steps:
                 raise Interrupted(config.out, done)
             if log_due or monitor_due or due(config.save_every * steps_per_epoch):
-                timed_from, clock, waited = done, time.perf_counter(), 0.0
+                timed_from, clock = done, time.perf_counter()
     if logbook:
         logbook.close()
     return latest_checkpoint(config.out)
@@ -188,7 +186,7 @@ def describe(config: PretrainConfig, train: ImageData, test: ImageData | None) -
 
 
 def open_run(
-    config: PretrainConfig, meta: dict[str, Any], update: TrainingStep, world: World
+    config: PretrainConfig, data: Data, meta: dict[str, Any], update: TrainingStep, world: World
 ) -> int:
     """Start the run folder, or load the last checkpoint of the run in it; return the steps done."""
     error = None
@@ -198,6 +196,7 @@ def open_run(
                 check_same_run(config, meta["data"])
             else:
                 create_run(config, meta["data"])
+                save_skipped(config.out, *data)
         except (UserError, OSError) as caught:
             error = caught
     world.agree(error)

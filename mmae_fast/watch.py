@@ -114,7 +114,7 @@ def progress_note(record: dict[str, float]) -> str:
     """The gist of a line of metrics.jsonl, beside the bar."""
     note = (
         f"loss {record['loss']:.3f}, effective rank {record['effective_rank']:.1f}, "
-        f"{record['images_per_second']:,.0f} img/s, data wait {record['data_wait']:.1%}"
+        f"{record['images_per_second']:,.0f} img/s, waited for data {record['data_wait_share']:.1%}"
     )
     if record["skipped_steps"]:
         note += f", {record['skipped_steps']} steps skipped"

@@ -262,7 +262,7 @@ def kill_and_compare(folder, kills, steps, seed):
             load_file(latest_checkpoint(run) / f"{name}.safetensors") for run in (whole, killed)
         )
         assert same(a, b), name
-    timings = {"images_per_second", "regularizer_share", "data_wait"}
+    timings = {"images_per_second", "regularizer_share", "data_wait_share"}
     a, b = (
         [
             {k: v for k, v in r.items() if k not in timings}

@@ -1,5 +1,6 @@
-"""Image sources, their errors, and the augmentation."""
+"""Built-in sets, packed JPEGs and folders, in memory, and their errors."""
 
+import dataclasses
 import gzip
 import hashlib
 import socket
@@ -9,12 +10,17 @@ import pytest
 import torch
 from torchvision.io import encode_jpeg, write_jpeg, write_png
 
-from mmae_fast import data
-from mmae_fast.augment import Batches, augment, epoch_order, generator, normalise
-from mmae_fast.config import DataConfig, ModelConfig, PretrainConfig, UserError
-from mmae_fast.data import ImageData, Unavailable, load_data, load_demo_data
+from mmae_fast.config import DataConfig, UserError
+from mmae_fast.data import (
+    ImageData,
+    Unavailable,
+    builtin,
+    load_data,
+    load_demo_data,
+    reading,
+    save_skipped,
+)
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
 
@@ -35,8 +41,8 @@ def fashion(tmp_path, monkeypatch):
             sums[f"{prefix}-{name}-ubyte"] = hashlib.sha256(raw).hexdigest()
             if prefix == "train" and array.ndim == 3:
                 expected = images
-    monkeypatch.setattr(data, "FASHION_DEBIAN", tmp_path)
-    monkeypatch.setattr(data, "FASHION_SHA256", sums)
+    monkeypatch.setattr(builtin, "FASHION_DEBIAN", tmp_path)
+    monkeypatch.setattr(builtin, "FASHION_SHA256", sums)
     return tmp_path, expected
 
 
@@ -50,7 +56,7 @@ def test_fashion_mnist(fashion):
 
 
 def test_real_fashion_mnist():
-    if not data.FASHION_DEBIAN.is_dir():
+    if not builtin.FASHION_DEBIAN.is_dir():
         pytest.skip("Debian package dataset-fashion-mnist is not installed")
     train, test = load_data(DataConfig())
     assert (len(train), len(test)) == (60_000, 10_000)
@@ -95,7 +101,7 @@ def no_fashion(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(data, "FASHION_DEBIAN", tmp_path / "absent")
+    monkeypatch.setattr(builtin, "FASHION_DEBIAN", tmp_path / "absent")
     monkeypatch.setattr(socket, "create_connection", refuse)
     return tmp_path / "cache"
 
@@ -168,7 +174,7 @@ def test_packed_errors(tmp_path):
     with pytest.raises(UserError, match=r"c\.npz is inconsistent: 5 images, 4 labels"):
         load_data(DataConfig(train=str(path)))
     path = packed(tmp_path / "d.npz", jpeg=np.zeros(5, np.uint8), offset=np.arange(6))
-    with pytest.raises(UserError, match=r"d\.npz, image 0 cannot be decoded"):
+    with pytest.raises(UserError, match=r"no image of .*d\.npz can be decoded, .*d\.npz, image 0"):
         load_data(DataConfig(train=str(path)))
 
 
@@ -210,23 +216,56 @@ def test_folder_crops_the_centre(tmp_path):
 
 def test_folder_errors(tmp_path):
     image_folder(tmp_path / "set")
-    with pytest.raises(UserError, match=r"--data\.img-size is needed"):
-        load_data(DataConfig(train=str(tmp_path / "set")))
-    (tmp_path / "set" / "bee" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
-    with pytest.raises(UserError, match=r"broken\.jpg cannot be decoded"):
-        load_data(DataConfig(train=str(tmp_path / "set"), img_size=8))
     (tmp_path / "set" / "empty").mkdir()
     with pytest.raises(UserError, match=r"no images .* in .*empty"):
         load_data(DataConfig(train=str(tmp_path / "set"), img_size=8))
+    (tmp_path / "set" / "stray.png").touch()
+    with pytest.raises(UserError, match=r"subfolders, .* images beside them, e\.g\. stray\.png"):
+        load_data(DataConfig(train=str(tmp_path / "set"), img_size=8))
+
+
+def test_folder_of_one_size_needs_none_given(tmp_path):
+    image_folder(tmp_path / "set")
+    train, _ = load_data(DataConfig(train=str(tmp_path / "set")))
+    assert train.images.shape == (4, 3, 20, 30)
+    write_png(torch.zeros(3, 9, 9, dtype=torch.uint8), str(tmp_path / "set" / "bee" / "odd.png"))
+    with pytest.raises(UserError, match=r"bee/odd\.png .* is 9x9 where the first image is 20x30"):
+        load_data(DataConfig(train=str(tmp_path / "set")))
+
+
+def test_damaged_files_are_skipped_and_listed(tmp_path, capsys):
+    image_folder(tmp_path / "set")
+    broken = tmp_path / "set" / "ant" / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 not a picture")
+    whole = (tmp_path / "set" / "bee" / "1.png").read_bytes()
+    (tmp_path / "set" / "bee" / "half.png").write_bytes(whole[: len(whole) // 2])
+    config = DataConfig(train=str(tmp_path / "set"), img_size=(8, 12))
+    train, _ = load_data(config)
+    assert train.labels.tolist() == [0, 0, 1, 1]
+    assert train.images[:, 0, 0, 0].tolist() == [50, 50, 150, 150]
+    assert [name for name, _ in train.skipped] == ["ant/broken.jpg", "bee/half.png"]
+    assert capsys.readouterr().out.startswith("Skipped 2 of 6 images of ")
+    save_skipped(tmp_path, train, None)
+    lines = (tmp_path / "skipped.txt").read_text().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("ant/broken.jpg\tcannot identify")
+    with pytest.raises(UserError, match=r"ant/broken\.jpg cannot be decoded: cannot identify"):
+        load_data(dataclasses.replace(config, strict=True))
+
+
+def test_images_that_do_not_fit_into_memory(tmp_path, monkeypatch):
+    image_folder(tmp_path / "set")
+    monkeypatch.setattr(reading, "free_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"mmae data pack .*set DIR --img-size 16 24"):
+        load_data(DataConfig(train=str(tmp_path / "set"), img_size=(16, 24)))
 
 
 def test_sources_that_do_not_exist_or_fit(tmp_path):
-    with pytest.raises(UserError, match=r"no images at 'cifar': neither .*, cifar10, .* nor"):
+    with pytest.raises(UserError, match=r"no images at 'cifar': neither .*cifar10, .* nor"):
         load_data(DataConfig(train="cifar"))
-    with pytest.raises(UserError, match="neither a folder nor a packed"):
+    with pytest.raises(UserError, match=r"neither a folder nor a \.tar"):
         (tmp_path / "x.txt").touch()
         load_data(DataConfig(train=str(tmp_path / "x.txt")))
-    with pytest.raises(UserError, match="digits has images of 8x8 with 1 channel"):
+    with pytest.raises(UserError, match="8x8 with 1 channel, asked for were 224 pixels"):
         load_data(DataConfig(train="digits", img_size=224))
     small = packed(tmp_path / "small.npz", size=8)
     with pytest.raises(UserError, match="training images are 8x8 with 1 channel, test images are"):
@@ -244,106 +283,3 @@ def test_stats():
     assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
     assert std[:2] == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist()[:2])
     assert std[2] == pytest.approx(1 / 255)  # a constant channel must not divide by zero
-
-
-# --- Augmentation and order ----------------------------------------------------------------------
-
-
-def coordinates(count, size=32):
-    """Images whose pixel values are their own x and y, in [0, 1], linear up to the border."""
-    line = (torch.arange(size) + 0.5) / size
-    grid = torch.stack([line.expand(size, size), line.unsqueeze(1).expand(size, size)])
-    return grid.expand(count, -1, -1, -1).contiguous()
-
-
-def crop_boxes(out):
-    """Left, width (signed), top and height of each crop, recovered from the coordinates."""
-    size = out.shape[-1]
-    middle, quarter = slice(size // 4, 3 * size // 4), size // 2
-    x, y = out[:, 0].mean(1)[:, middle], out[:, 1].mean(2)[:, middle]
-    width, height = ((line[:, -1] - line[:, 0]) * size / (quarter - 1) for line in (x, y))
-    return x.mean(1) - width / 2, width, y.mean(1) - height / 2, height
-
-
-def test_crop_has_the_distribution_of_torchvision():
-    from torchvision.transforms.v2 import RandomResizedCrop
-
-    count = 4000
-    out = augment(coordinates(count), generator(CPU, 0), min_crop=0.2, hflip=False)
-    left, width, top, height = crop_boxes(out)
-    assert left.min() > -1e-4 and (left + width).max() < 1 + 1e-4
-    assert top.min() > -1e-4 and (top + height).max() < 1 + 1e-4
-
-    torch.manual_seed(0)
-    crop = RandomResizedCrop(1000, (0.2, 1.0))
-    image = torch.empty(1, 1000, 1000)
-    draws = [crop.make_params([image]) for _ in range(count)]
-    theirs = torch.tensor([[d["width"], d["height"], d["left"], d["top"]] for d in draws]) / 1000
-    ours = torch.stack([width, height, left, top], dim=1)
-    # Means and deviations of both samples agree to 5 standard errors of either.
-    for a, b in ((ours, theirs), (ours[:, :2].prod(1), theirs[:, :2].prod(1))):
-        error = 5 * b.std(0) / count**0.5
-        assert ((a.mean(0) - b.mean(0)).abs() < error).all()
-        assert ((a.std(0) - b.std(0)).abs() < error).all()
-
-
-def test_flip():
-    images = coordinates(2000)
-    out = augment(images, generator(CPU, 1), min_crop=1.0, hflip=True)
-    flipped = out[:, 0, 0, 0] > 0.5
-    assert 0.45 < flipped.float().mean() < 0.55
-    torch.testing.assert_close(out[~flipped], images[~flipped])
-    torch.testing.assert_close(out[flipped], images[flipped].flip(3))
-
-
-def test_augmentation_off_is_the_identity():
-    images = torch.rand(3, 1, 8, 8)
-    assert augment(images, generator(CPU, 1), min_crop=1.0, hflip=False) is images
-
-
-def test_augmentation_of_oblong_images():
-    images = torch.rand(4, 3, 16, 40)
-    out = augment(images, generator(CPU, 0))
-    assert out.shape == images.shape
-    assert out.min() >= images.min() and out.max() <= images.max() + 1e-6
-
-
-def test_generator_is_a_function_of_its_key():
-    def draw(*key):
-        return torch.rand(4, generator=generator(CPU, *key)).tolist()
-
-    assert draw(0, 1, 2) == draw(0, 1, 2)
-    keys = [(seed, stream, step) for seed in range(3) for stream in range(3) for step in range(3)]
-    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
-
-
-def test_epoch_order():
-    orders = [epoch_order(20, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order.tolist()) == list(range(20)) for order in orders)
-    assert len({tuple(order.tolist()) for order in orders}) == 4
-    assert torch.equal(orders[0], epoch_order(20, 0, 0))
-
-
-def test_batches_see_every_image_once_per_epoch():
-    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(-1, -1, 2, 2)
-    config = PretrainConfig(
-        model=ModelConfig(patch_size=1), batch_size=3, min_crop=1.0, hflip=False
-    )
-    batches = Batches(images, torch.zeros(1), torch.full((1,), 1 / 255), config)
-    assert batches.steps_per_epoch == 3
-    for epoch in range(2):
-        steps = range(3 * epoch, 3 * epoch + 3)
-        seen = torch.cat([batches(step)[0][:, 0, 0, 0] for step in steps]).round().long()
-        assert len(set(seen.tolist())) == 9
-    first, noise = batches(4)
-    again, noise_again = Batches(images, batches.mean, batches.std, config)(4)
-    assert torch.equal(first, again) and torch.equal(noise, noise_again)
-    assert noise.shape == (3, 4)
-
-
-def test_normalise():
-    images = torch.randint(0, 256, (40, 2, 5, 5), dtype=torch.uint8)
-    mean, std = map(torch.tensor, ImageData(images, None, (), "").stats())
-    out = normalise(images, mean, std)
-    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-5)
-    torch.testing.assert_close(out.std((0, 2, 3), correction=0), torch.ones(2))

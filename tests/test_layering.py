@@ -30,12 +30,18 @@ DRIVERS = ["train", "cli"]
 
 
 def modules():
-    return {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    """Files of the package, and the packages in it, each as one module."""
+    files = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    return files | {path.parent.name: path.parent for path in PACKAGE.glob("*/__init__.py")}
 
 
 def imports(path):
     """Names of the package's modules and of top-level packages that a file imports anywhere."""
     inside, outside = set(), set()
+    if path.is_dir():
+        found = [imports(file) for file in path.glob("*.py")]
+        inside, outside = (set().union(*names) for names in zip(*found, strict=True))
+        return inside - {path.name}, outside
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

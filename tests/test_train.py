@@ -161,7 +161,7 @@ def test_run_folder(config, data):
         assert record["regularizer"] < 0  # minus the coding rate
         assert record["images_per_second"] > 0
         assert 0 < record["regularizer_share"] < 1
-        assert 0 < record["data_wait"] < 1
+        assert 0 < record["data_wait_share"] < 1
         assert record["skipped_steps"] == 0
     assert records[-1]["lr"] == learning_rate(11, 1e-2 * 16 / 256, 4, 12)
 
@@ -250,7 +250,7 @@ def test_config_round_trip():
 # --- Interruption --------------------------------------------------------------------------------
 
 
-TIMINGS = ("images_per_second", "regularizer_share", "monitor_share", "data_wait")
+TIMINGS = ("images_per_second", "regularizer_share", "monitor_share", "data_wait_share")
 
 
 def final_files(run):

@@ -32,7 +32,7 @@ from mmae_fast.watch import view_metrics
 CPU = torch.device("cpu")
 METHODS = ("barlow_twins", "spectral", "simclr")
 MODEL = ModelConfig(patch_size=4, embed_dim=16, depth=1, num_heads=2)
-TIMINGS = ("images_per_second", "monitor_share", "data_wait")
+TIMINGS = ("images_per_second", "monitor_share", "data_wait_share")
 
 
 @pytest.fixture

@@ -1,0 +1,197 @@
+"""Sources to images in memory: decoding in threads, what is skipped, what does not fit."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmae_fast.config import UserError
+from mmae_fast.data.decode import Decoded, Spec, Undecodable, decode, natural, open_image
+from mmae_fast.data.images import ImageData
+from mmae_fast.data.sources import Sample, Source
+
+
+def make_spec(
+    source: Source,
+    img_size: int | tuple[int, int] | None,
+    in_chans: int | None,
+    value_range: tuple[float, float] | None,
+) -> Spec:
+    """What to make of the images; what is not given is as in the first that can be decoded."""
+    if value_range is not None and not value_range[0] < value_range[1]:
+        raise UserError(f"the range of values must be low < high, got {value_range}")
+    size, channels = img_size, in_chans or source.in_chans
+    if isinstance(size, int):
+        size = (size, size)
+    if size is not None and min(size) < 1:
+        raise UserError(f"img_size must be positive, got {img_size}")
+    if size is None or channels is None:
+        found = _first(source)
+        size, channels = size or found[0], channels or found[1]
+    return Spec(size, channels, img_size is not None, value_range)
+
+
+def _first(source: Source) -> tuple[tuple[int, int], int]:
+    """Size and channels of the first image that is not damaged."""
+    failed = ""
+    for sample in source.samples:
+        try:
+            if isinstance(sample.data, Undecodable):
+                raise sample.data
+            return natural(open_image(sample.data))
+        except Exception as error:  # decoders raise anything on damaged files
+            failed = failed or f"{sample.name}: {error}"
+    raise UserError(f"no image of {source.origin} can be decoded, e.g. {failed}")
+
+
+def decode_all(
+    source: Source, spec: Spec, start: int = 0
+) -> Iterator[tuple[Sample, Decoded | Undecodable]]:
+    """Samples in their order from ``start``, decoded in threads, few ahead of the consumer.
+
+    Raises: UserError: an image that needs another setting, named.
+    """
+
+    def work(sample: Sample) -> Decoded | Undecodable:
+        try:
+            if isinstance(sample.data, Undecodable):
+                return sample.data
+            return decode(sample.data, spec)
+        except Undecodable as error:
+            return error
+        except UserError as error:
+            raise UserError(f"{sample.name} ({source.origin}) {error}") from error
+
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(workers) as pool:
+        yield from ordered_map(work, _from(source.samples, start), pool, 8 * workers)
+
+
+def _from(samples: Sequence[Sample], start: int) -> Iterator[Sample]:
+    return (samples[i] for i in range(start, len(samples)))
+
+
+def ordered_map(
+    work: Callable, items: Iterable, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[Any, Any]]:
+    """``(item, work(item))`` in the order of the items, with at most ``ahead`` unconsumed."""
+    waiting: deque[tuple[Any, Future]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) >= ahead:
+                item, future = waiting.popleft()
+                yield item, future.result()
+        while waiting:
+            item, future = waiting.popleft()
+            yield item, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+class Tally:
+    """What went wrong, and what range the values had."""
+
+    def __init__(self, source: Source, spec: Spec, strict: bool) -> None:
+        self.source, self.spec, self.strict = source, spec, strict
+        self.skipped: list[tuple[str, str]] = []
+        self.low, self.high = float("inf"), float("-inf")
+
+    def add(self, sample: Sample, result: Decoded | Undecodable) -> bool:
+        """Whether there is an image. Raises: UserError: there is none, and ``strict``."""
+        if isinstance(result, Undecodable):
+            if self.strict:
+                raise UserError(
+                    f"{sample.name} cannot be decoded: {result} ({self.source.origin}; without "
+                    "strict it would be skipped)"
+                )
+            self.skipped.append((sample.name, str(result)))
+            return False
+        self.low, self.high = min(self.low, result.low), max(self.high, result.high)
+        return True
+
+    def report(self) -> list[str]:
+        """Lines for the screen."""
+        lines = []
+        if self.skipped:
+            name, reason = self.skipped[0]
+            lines.append(
+                f"Skipped {len(self.skipped)} of {len(self.source.samples)} images of "
+                f"{self.source.origin}, e.g. {name}: {reason}"
+            )
+        if self.low <= self.high:
+            lines.append(f"Images of more than 8 bits have values {self.low:g} to {self.high:g}")
+        return lines
+
+
+def read_images(source: Source, spec: Spec, strict: bool) -> ImageData:
+    """Decode all samples into memory.
+
+    Raises: UserError: too little memory, no image left, an image that needs another setting.
+    """
+    _check_memory(source, spec)
+    images = np.empty((len(source.samples), spec.channels, *spec.size), np.uint8)
+    labels: list[int] = []
+    tally = Tally(source, spec, strict)
+    for sample, result in decode_all(source, spec):
+        if tally.add(sample, result):
+            images[len(labels)] = result.pixels
+            labels.append(sample.label)
+    for line in tally.report():
+        print(line, flush=True)
+    return ImageData(
+        torch.from_numpy(images[: len(labels)]),
+        check_labels(labels, tally),
+        source.classes,
+        f"{source.origin} ({len(labels):,} images)",
+        skipped=tuple(tally.skipped),
+    )
+
+
+def check_labels(labels: list[int], tally: Tally) -> torch.Tensor | None:
+    """Labels as a tensor, or none. Raises: UserError: no images, or only some with a label."""
+    source = tally.source
+    if not labels:
+        raise UserError(
+            f"no image of {source.origin} can be decoded, e.g. {': '.join(tally.skipped[0])}"
+        )
+    known = torch.tensor(labels)
+    if (known < 0).all():
+        return None
+    if (known < 0).any() or known.max() >= len(source.classes):
+        raise UserError(
+            f"{int((known < 0).sum())} images of {source.origin} have no label, others have one"
+            if (known < 0).any()
+            else f"{source.origin} has label {int(known.max())} and {len(source.classes)} classes"
+        )
+    return known
+
+
+def _check_memory(source: Source, spec: Spec) -> None:
+    needed = len(source.samples) * spec.channels * spec.size[0] * spec.size[1]
+    free = free_memory()
+    if free is not None and needed > 0.8 * free:
+        raise UserError(
+            f"{len(source.samples):,} images of {spec.size[0]}x{spec.size[1]} need "
+            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free; pack them once "
+            f"and train from the pack: mmae data pack {source.origin} DIR --img-size "
+            f"{' '.join(map(str, spec.size))}"
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes that programs can still take, where the system says so (Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+        return int(kib) * 1024
+    except (OSError, StopIteration):
+        return None
