@@ -22,6 +22,7 @@ import torch
 from . import torch_backend
 from .torch_backend import (  # noqa: F401 - the backend's own
     GramParts,
+    gram_coding_rate_fwd,
     gram_entropy_fwd,
     matrix_log_bwd,
     matrix_log_fwd,

@@ -2,7 +2,8 @@
 
 A backend is a module with the functions ``gram``, ``gram_bwd``, ``matrix_entropy_fwd``,
 ``coding_rate_fwd``, ``weight_bwd``, ``joint_entropy_fwd``, ``samples_bwd``, ``gram_entropy_fwd``,
-``matrix_log_fwd`` and ``matrix_log_bwd`` (torch_backend.py documents them).
+``gram_coding_rate_fwd``, ``matrix_log_fwd`` and ``matrix_log_bwd`` (torch_backend.py documents
+them).
 """
 
 import functools

@@ -192,17 +192,21 @@ def fold(v: Tensor, parts: GramParts, z: Tensor, mask, samples: bool, normalize,
     return v.mul_(2 * scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
 
 
+def swamped(g: Tensor, scale: float) -> Tensor:
+    """Whether the rounding of G may swamp the identity in ``I + scale G``, shape ``(...)``."""
+    trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (scale * trace * torch.finfo(g.dtype).eps > SWAMPED) & torch.isfinite(trace)
+
+
 @full_precision
 def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
     dtype = reference.accumulation_dtype(z.dtype)
     samples = z.shape[-2] <= z.shape[-1]
     parts = gram(z, mask, samples, normalize, center)
-    if z.device.type == "cpu":  # elsewhere, to look would be to synchronise
-        trace = parts.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        swamped = scale * trace * torch.finfo(dtype).eps > SWAMPED
-        if (swamped & torch.isfinite(trace)).any():
-            z = z.double()
-            parts = gram(z, mask, samples, normalize, center)
+    # On the CPU only: elsewhere, to look would be to synchronise.
+    if z.device.type == "cpu" and swamped(parts.gram, scale).any():
+        z = z.double()
+        parts = gram(z, mask, samples, normalize, center)
     value, v = coding_rate_of_gram(parts.gram, scale, need_weight)
     if not need_weight:
         return value.to(dtype), None
@@ -240,6 +244,12 @@ def matrix_entropy_fwd(
         return h, None
     weight = fold(v, parts, z, mask, samples, normalize, center)
     return h, weight if factor is None else weight * factor * factor
+
+
+@full_precision
+def gram_coding_rate_fwd(g, scale, need_weight):
+    """``log det(I + scale G)`` of a ready Gram matrix ``(..., k, k)``, and V."""
+    return coding_rate_of_gram(g, scale, need_weight)
 
 
 @full_precision
