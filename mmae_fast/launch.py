@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mmae_fast.config import UserError
 
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
 
 def pick_device(name: str) -> torch.device:
     """Device of a name; ``auto`` is cuda where there is one. Raises: UserError: unusable name."""
@@ -161,6 +163,12 @@ def wrap(model: nn.Module, world: World, shard: bool) -> nn.Module:
     Either averages gradients over the processes. Sharded are the transformer blocks, and the rest
     together. Raises: UserError: sharding asked of a process alone.
     """
+    if any(isinstance(module, BatchNorm) for module in model.modules()) and world.size > 1:
+        if world.device.type != "cuda":
+            raise UserError(
+                "BatchNorm over several processes needs GPUs: train two branches in one process"
+            )
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if shard:
         if world.size == 1:
             raise UserError("--shard splits a model among processes: start them with torchrun")

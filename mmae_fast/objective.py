@@ -27,11 +27,12 @@ class MaskedObjective:
     def __call__(self, out: MaeOutput) -> tuple[Tensor, Tensor]:
         return out.loss, self.regularizer(out.features)
 
-    def share(self, out: MaeOutput, step_seconds: float) -> dict[str, float]:
+    def features(self, out: MaeOutput) -> Tensor:
+        return out.features
+
+    def share(self, features: Tensor, step_seconds: float) -> dict[str, float]:
         """Part of a step that the regulariser's forward and backward pass take."""
-        return {
-            "regularizer_share": regularizer_seconds(self.regularizer, out.features) / step_seconds
-        }
+        return {"regularizer_share": regularizer_seconds(self.regularizer, features) / step_seconds}
 
 
 class TwoBranchObjective:
@@ -39,18 +40,22 @@ class TwoBranchObjective:
 
     terms = ("two_branch_loss",)
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: LossConfig, world: World) -> None:
         self.loss: Callable[[Tensor, Tensor], Tensor] = {
             "barlow_twins": partial(losses.barlow_twins_loss, lambd=config.lambd),
             "spectral": partial(losses.spectral_contrastive_loss, mu=config.mu),
             "simclr": partial(losses.info_nce_loss, temperature=config.temperature),
         }[config.method]
+        self.ranks = {"process_group": world.group, "grad_scale": config.grad_scale}
 
     def __call__(self, out: tuple[Tensor, Tensor]) -> tuple[Tensor]:
-        return (self.loss(*out),)
+        return (self.loss(*out, **self.ranks),)
 
-    def share(self, out: tuple[Tensor, Tensor], step_seconds: float) -> dict[str, float]:
+    def share(self, features: Tensor, step_seconds: float) -> dict[str, float]:
         return {}  # the loss is all there is
+
+    def features(self, out: tuple[Tensor, Tensor]) -> Tensor:
+        return out[0]
 
 
 Objective = MaskedObjective | TwoBranchObjective
@@ -59,7 +64,7 @@ Objective = MaskedObjective | TwoBranchObjective
 def build_objective(config: LossConfig, world: World) -> Objective:
     """What turns a model's output into the terms whose sum is minimised."""
     two_branch = METHODS[config.method][0] is None
-    return TwoBranchObjective(config) if two_branch else MaskedObjective(config, world)
+    return (TwoBranchObjective if two_branch else MaskedObjective)(config, world)
 
 
 def build_regularizer(config: LossConfig, world: World) -> MatrixEntropyRegularizer:
@@ -70,6 +75,8 @@ def build_regularizer(config: LossConfig, world: World) -> MatrixEntropyRegulari
             config.mu,
             config.alpha,
             config.center,
+            process_group=world.group,
+            grad_scale=config.grad_scale,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

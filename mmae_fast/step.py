@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmae_fast.config import PretrainConfig, UserError
-from mmae_fast.launch import World, wrap
+from mmae_fast.launch import BatchNorm, World, wrap
 from mmae_fast.objective import Objective
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -73,7 +73,7 @@ class TrainingStep:
         self.running = [
             buffer
             for module in model.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if isinstance(module, BatchNorm)
             for buffer in module.buffers()
         ]
         # Since the last reading: steps done, sums of the loss and its terms over them; skipped in
@@ -82,9 +82,10 @@ class TrainingStep:
         self.skipped = torch.zeros(3, dtype=torch.int64, device=world.device)
 
     def __call__(self, inputs: tuple[Tensor, ...], lr: float) -> Any:
-        """Update with this process's part of a batch; return the last output of the model."""
+        """Update with this process's part of a batch; return the features that the loss saw."""
         running = [buffer.clone() for buffer in self.running]
-        out, terms = self._gradients(inputs)
+        gradients = self._gradients if self.config.accumulate == 1 else self._gradients_in_parts
+        features, terms = gradients(inputs)
         with self.phase("optimizer"), torch.no_grad():
             norm = nn.utils.get_total_norm([p.grad for p in self.params.values()])
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -93,21 +94,57 @@ class TrainingStep:
             for buffer, before in zip(self.running, running, strict=True):
                 torch.where(bad, before, buffer, out=buffer)
             self._count(terms, bad)
-        return out
+        return features
 
-    def _gradients(self, inputs: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
-        """Leave the gradients in the parameters; return the last output and the loss's terms."""
+    def _gradients(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Leave the gradients in the parameters; return features and the terms of the loss."""
         with self.phase("forward"):
             out = self._forward(inputs)
+        with self.phase("loss"):
             terms = self.objective(out)
         with self.phase("backward"):
             sum(terms).backward()
-        return out, torch.stack(terms).detach()
+        return self.objective.features(out).detach(), torch.stack(terms).detach()
 
-    def _forward(self, inputs: tuple[Tensor, ...]) -> Any:
+    def _gradients_in_parts(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The same, holding the activations of one part of the batch at a time.
+
+        A regulariser of the whole batch is no sum over its parts. The features of all parts come
+        first, without activations; its gradient with respect to them then enters the backward pass
+        of each part as a constant.
+        """
+        parts = list(zip(*(x.chunk(self.config.accumulate) for x in inputs), strict=True))
+        regularizer, slopes = inputs[0].new_zeros(()), [None] * len(parts)
+        if self.objective.regularizer.kind != "none":
+            with self.phase("features"), torch.no_grad():
+                features = torch.cat([self._forward(part, features_only=True) for part in parts])
+            with self.phase("loss"):
+                regularizer = self.objective.regularizer(features.requires_grad_())
+                slopes = torch.autograd.grad(regularizer, features)[0].chunk(len(parts))
+        recon_loss = torch.zeros_like(regularizer)
+        for i, (part, slope) in enumerate(zip(parts, slopes, strict=True)):
+            with self._reduction(last=i == len(parts) - 1):
+                with self.phase("forward"):
+                    out = self._forward(part)
+                    loss = share = out.loss / len(parts)
+                    if slope is not None:
+                        loss = share + (out.features * slope).sum()
+                with self.phase("backward"):
+                    loss.backward()
+            recon_loss = recon_loss + share.detach()
+        seen = out.features if slope is None else features
+        return seen.detach(), torch.stack([recon_loss, regularizer.detach()])
+
+    def _forward(self, inputs: tuple[Tensor, ...], **options: bool) -> Any:
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
-            return self.network(*inputs)
+            return self.network(*inputs, **options)
+
+    def _reduction(self, last: bool) -> AbstractContextManager[Any]:
+        """Under DDP, gradients are averaged over the processes once, with the last part's."""
+        if last or not isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self.network.no_sync()
 
     def _update(self, norm: Tensor, bad: Tensor, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mmae_fast.augment import Batches
+from mmae_fast.augment import GLOBAL, Batches, stream
 from mmae_fast.checkpoint import latest_checkpoint, restore, save_checkpoint
 from mmae_fast.config import METHODS, PretrainConfig, UserError, check, to_dict
 from mmae_fast.data import ImageData, load_data, save_skipped
@@ -116,8 +116,9 @@ def train(
                 next(tracing)
             with phases("data"):
                 inputs = batches(step)
+            torch.manual_seed(stream(config.seed, GLOBAL, step, world.rank))
             lr = learning_rate(step, peak_lr, warmup_steps, total_steps)
-            out = update(inputs, lr)
+            features = update(inputs, lr)
             done = step + 1
             task.advance()
             if began is not None and step == start:
@@ -133,7 +134,7 @@ def train(
                 record |= update.read() | watch.features() | {"lr": lr}
                 record["images_per_second"] = config.batch_size / seconds
                 record["data_wait_share"] = batches.wait_share()
-                record |= update.objective.share(out, seconds)
+                record |= update.objective.share(features, seconds)
             if monitor_due:
                 record |= watch.information()
                 record["monitor_share"] = watch.information_share(seconds)
