@@ -46,8 +46,14 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"mmae {command}: error: {error}")
     except KeyboardInterrupt as interrupt:
-        print(f"\nmmae {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if main_process():
+            print(f"\nmmae {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def main_process() -> bool:
+    """Whether this one speaks for those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def usage() -> str:
@@ -87,7 +93,7 @@ def pretrain(arguments: list[str]) -> None:
     from mmae_fast.train import pretrain as run
 
     checkpoint = run(config, began=BEGAN)
-    if os.environ.get("RANK", "0") == "0":
+    if main_process():
         print(f"Checkpoint: {checkpoint}")
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -151,9 +152,9 @@ class StopOnSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def __exit__(self, *exc: object) -> None:
-        if exc[0] is None:
-            self._answer()
+    def __exit__(self, *exc: Any) -> None:
+        if exc[0] is None or issubclass(exc[0], KeyboardInterrupt):
+            self._answer()  # nothing may be under way when the group is taken down
         self._give_back()
 
 

@@ -90,9 +90,9 @@ class TrainingStep:
             norm = nn.utils.get_total_norm([p.grad for p in self.params.values()])
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             bad = ~norm.isfinite()
-            self._update(norm, bad, lr)
             for buffer, before in zip(self.running, running, strict=True):
                 torch.where(bad, before, buffer, out=buffer)
+            self._update(norm, bad, lr)
             self._count(terms, bad)
         return features
 
@@ -189,6 +189,14 @@ class TrainingStep:
         means = (value / done if done else math.nan for value in sums)
         names = ("loss", *self.objective.terms)
         return dict(zip(names, means, strict=True)) | {"skipped_steps": skipped}
+
+    def doubtful(self) -> bool:
+        """Whether the last step was skipped: the weights may be of no use any more.
+
+        Waits for the device. Raises: as ``read``.
+        """
+        self.read()
+        return bool(self.skipped[1])
 
     def restart(self) -> None:
         """Forget the sums that ``read`` gave."""

@@ -100,16 +100,12 @@ def train(
         if logbook:
             logbook.write(record)
 
-    def save(step: int) -> None:
-        update.read()  # weights that are of no use any more do not replace the last good ones
-        save_checkpoint(config.out, step, update.tensors(), meta, config.keep, world)
-
     def due(every: float) -> bool:
         return bool(every) and (done % every == 0 or done == total_steps)
 
     task.start(total_steps, start)
     tracing = phases.trace(config.out / "trace.json") if config.profile and world.main else None
-    timed_from, clock = start, time.perf_counter()
+    save_due, timed_from, clock = False, start, time.perf_counter()
     with StopOnSignal(world) as stop:
         for step in range(start, total_steps):
             if tracing:
@@ -148,11 +144,13 @@ def train(
                 logbook.write(record)
 
             stopping = stop.requested()
-            if due(config.save_every * steps_per_epoch) or stopping:
-                save(done)
-            if stopping and done < total_steps:
-                raise Interrupted(config.out, done)
-            if log_due or monitor_due or due(config.save_every * steps_per_epoch):
+            save_due = save_due or due(config.save_every * steps_per_epoch) or stopping
+            if save_due and (done == total_steps or not update.doubtful()):
+                save_checkpoint(config.out, done, update.tensors(), meta, config.keep, world)
+                save_due, timed_from, clock = False, done, time.perf_counter()
+                if stopping and done < total_steps:
+                    raise Interrupted(config.out, done)
+            if log_due or monitor_due:
                 timed_from, clock = done, time.perf_counter()
     if logbook:
         logbook.close()
