@@ -104,7 +104,9 @@ def train(
         return bool(every) and (done % every == 0 or done == total_steps)
 
     task.start(total_steps, start)
-    tracing = phases.trace(config.out / "trace.json") if config.profile and world.main else None
+    tracing = None
+    if config.profile and world.main:
+        tracing = phases.trace(config.out / "trace.json", total_steps - start)
     save_due, timed_from, clock = False, start, time.perf_counter()
     with StopOnSignal(world) as stop:
         for step in range(start, total_steps):

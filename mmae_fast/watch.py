@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -145,8 +147,12 @@ class Phases:
             ended = self._now()
         self._spans[name].append(lambda: self._seconds(began, ended))
 
-    def trace(self, path: Path) -> Iterator[None]:
-        """Generator to be advanced before every step: traces some, then writes and tells."""
+    def trace(self, path: Path, steps: int) -> Iterator[None]:
+        """Generator to be advanced before each of ``steps``: traces some, then writes and tells."""
+        needed = self.FIRST + self.COUNT + 1
+        if steps < needed:
+            print(f"--profile needs {needed} steps, this run has {steps}", file=sys.stderr)
+            yield from itertools.repeat(None)
         for _ in range(self.FIRST):
             yield
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -162,8 +168,7 @@ class Phases:
         self._tracing = False
         profiler.export_chrome_trace(str(path))
         Console().print(self.table(self._seconds(began, ended), path))
-        while True:
-            yield
+        yield from itertools.repeat(None)
 
     def table(self, whole: float, path: Path) -> Table:
         """Milliseconds and share of each part; ``whole`` seconds for all traced steps."""
