@@ -5,15 +5,17 @@ A command imports what it needs when it runs, so that ``mmae --help`` answers at
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
+import time
 from typing import Any
 
 from mmae_fast.config import (
     METHODS,
-    RECIPES,
     AnalyzeConfig,
     DemoConfig,
     EvalConfig,
@@ -23,9 +25,11 @@ from mmae_fast.config import (
     UserError,
     VisualizeConfig,
 )
+from mmae_fast.recipes import RECIPES
 
 DEFAULT_RECIPE = "tiny"
 INTERRUPTED = 130  # what shells report after Ctrl-C
+BEGAN = time.perf_counter()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,8 +46,14 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"mmae {command}: error: {error}")
     except KeyboardInterrupt as interrupt:
-        print(f"\nmmae {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if main_process():
+            print(f"\nmmae {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def main_process() -> bool:
+    """Whether this one speaks for those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def usage() -> str:
@@ -59,15 +69,16 @@ def parse(config: type, command: str, arguments: list[str], **kwargs: Any) -> An
 
 
 def pretrain(arguments: list[str]) -> None:
-    recipe = DEFAULT_RECIPE
     # The option that everyone needs has a short name.
     arguments = [re.sub(r"^--method(?==|$)", "--loss.method", given) for given in arguments]
-    if arguments and arguments[0] in RECIPES:
-        recipe, *arguments = arguments
+    first = argparse.ArgumentParser("mmae pretrain", add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", choices=RECIPES, default=DEFAULT_RECIPE)
+    named, arguments = first.parse_known_args(arguments)
+    recipe = named.recipe
     listed = "\n".join(f"  {name}: {effect}" for name, (effect, _) in RECIPES.items())
     description = (
-        f"Train an encoder: --method {' | '.join(METHODS)}. A recipe may come first and sets the "
-        f"defaults below (now: {recipe}).\n\n{listed}"
+        f"Train an encoder: --method {' | '.join(METHODS)}. --recipe NAME sets the defaults below "
+        f"(now: {recipe}).\n\n{listed}"
     )
     config = parse(
         PretrainConfig, "pretrain", arguments, default=RECIPES[recipe][1], description=description
@@ -81,7 +92,9 @@ def pretrain(arguments: list[str]) -> None:
 
     from mmae_fast.train import pretrain as run
 
-    print(f"Checkpoint: {run(config)}")
+    checkpoint = run(config, began=BEGAN)
+    if main_process():
+        print(f"Checkpoint: {checkpoint}")
 
 
 def probe(arguments: list[str]) -> None:

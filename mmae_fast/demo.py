@@ -17,7 +17,6 @@ from rich.table import Table
 from mmae_fast.checkpoint import latest_checkpoint, load_model, pick_device
 from mmae_fast.config import (
     METHODS,
-    TINY,
     DataConfig,
     DemoConfig,
     LossConfig,
@@ -36,9 +35,11 @@ from mmae_fast.evaluate import (
 )
 from mmae_fast.measures import spectrum
 from mmae_fast.progress import Board, Task
+from mmae_fast.recipes import TINY
 from mmae_fast.report import COLUMNS, format_cell, save_reconstructions, summarise, write_report
 from mmae_fast.runs import read_metrics, versions
-from mmae_fast.train import HELD_OUT, pretrain
+from mmae_fast.train import pretrain
+from mmae_fast.watch import HELD_OUT
 
 DEMO_METHODS = ("mae", "u_mae", "m_mae")
 # Fixed sizes, not a time limit: the result must not depend on how fast the machine is.

@@ -154,12 +154,15 @@ class MaskedAutoencoder(VisionTransformer):
         self.initialise()
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, imgs: Tensor, noise: Tensor | None = None) -> MaeOutput:
+    def forward(
+        self, imgs: Tensor, noise: Tensor | None = None, features_only: bool = False
+    ) -> MaeOutput | Tensor:
         """Mask, encode, decode, score.
 
         Args:
             imgs: normalised images, shape ``(B, C, H, W)``.
             noise: shape ``(B, L)``; the patches of smallest noise stay visible. Default: uniform.
+            features_only: stop after encoding and return ``features``.
         """
         tokens = self._embed(imgs)
         if noise is None:
@@ -167,6 +170,8 @@ class MaskedAutoencoder(VisionTransformer):
         visible, mask, ids_restore = random_masking(tokens, noise, self.mask_ratio)
         latent = self._encode(visible)
         features = self.norm(latent[:, 0]) if self.double_norm else latent[:, 0]
+        if features_only:
+            return features
         pred = self._decode(latent, ids_restore)
         return MaeOutput(self.loss(imgs, pred, mask), pred, mask, latent, features)
 

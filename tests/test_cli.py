@@ -67,8 +67,10 @@ def test_help_of_a_command(capsys, command):
 
 
 def test_recipe_sets_the_defaults(capsys):
-    assert "(default: 1024)" in failure(capsys, "pretrain", "vit-l", "--help")[0]
-    assert "(default: 128)" in failure(capsys, "pretrain", "tiny", "--help")[0]
+    assert (
+        "(default: 1024)" in failure(capsys, "pretrain", "--recipe", "mmae-vit-l-in1k", "--help")[0]
+    )
+    assert "(default: 128)" in failure(capsys, "pretrain", "--recipe=tiny", "--help")[0]
 
 
 def test_unknown_command_and_option(capsys):
