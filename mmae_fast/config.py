@@ -210,43 +210,6 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Evaluate the frozen encoder on labelled, unmasked images."""
-
-    checkpoint: Path
-    """Run folder, checkpoint folder or model.safetensors."""
-    train: str | None = None
-    """Images with labels to learn from, as in pretrain --data.train. Default: those of the run."""
-    test: str | None = None
-    """Images to score on. Default: the test part of the training images."""
-    img_size: int | None = None
-    """As in pretrain --data.img-size."""
-    pool: Literal["cls", "mean"] = "cls"
-    """Features: the class token, or the mean of the patch tokens."""
-    max_train: int | None = None
-    """Use only the first so many training images."""
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
-class VisualizeConfig:
-    """Draw test images, masked and reconstructed."""
-
-    checkpoint: Path
-    """Run folder, checkpoint folder or model.safetensors."""
-    out: Path = Path("reconstructions.png")
-    train: str | None = None
-    """As in probe; drawn are its test images, where there are any."""
-    test: str | None = None
-    img_size: int | None = None
-    count: int = 10
-    """How many images."""
-    seed: int = 0
-    """Of the masks."""
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
 class AnalyzeConfig:
     """Matrix entropies of a representation, layer by layer, or of a training over time."""
 

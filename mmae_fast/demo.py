@@ -24,16 +24,9 @@ from mmae_fast.config import (
     UserError,
 )
 from mmae_fast.data import ImageData, load_demo_data
-from mmae_fast.evaluate import (
-    Features,
-    channel_tensors,
-    extract,
-    knn,
-    linear_probe,
-    raw_pixels,
-    reconstructions,
-)
+from mmae_fast.evaluate import channel_tensors, extract, raw_pixels, reconstructions
 from mmae_fast.measures import spectrum
+from mmae_fast.probes import Features, knn, lbfgs_probe
 from mmae_fast.progress import Board, Task
 from mmae_fast.recipes import TINY
 from mmae_fast.report import COLUMNS, format_cell, save_reconstructions, summarise, write_report
@@ -188,7 +181,7 @@ def probe(run: Path, data: tuple[ImageData, ImageData], device: str) -> dict[str
 
 def classify(features: Features) -> dict[str, Any]:
     """Accuracies of both classifiers; spectrum and effective rank of the test features."""
-    accuracy, probe_protocol = linear_probe(features)
+    accuracy, probe_protocol = lbfgs_probe(features)
     neighbours, knn_protocol = knn(features)
     values = spectrum(features.test)
     return {

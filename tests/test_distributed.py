@@ -4,14 +4,10 @@ import math
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from mmae_fast import (
-    distributed,
     effective_rank,
     fast_coding_rate,
     fast_gram,
