@@ -16,7 +16,6 @@ from typing import Any
 
 from mmae_fast.config import (
     METHODS,
-    AnalyzeConfig,
     DemoConfig,
     PackConfig,
     PackedConfig,
@@ -26,6 +25,7 @@ from mmae_fast.config import (
 )
 from mmae_fast.eval_config import (
     FINETUNE_RECIPES,
+    AnalyzeConfig,
     EvalConfig,
     ExportConfig,
     FinetuneConfig,
@@ -127,7 +127,9 @@ def knn(arguments: list[str]) -> None:
 def _print_score(name: str, config: EvalConfig, accuracy: float, protocol: str) -> None:
     features = "class token" if config.pool == "cls" else "mean of the patch tokens"
     print(f"{accuracy:.2%}  ({protocol}; features: {features} of unmasked images)")
-    if config.checkpoint.is_dir():
+    # Kept with the run only where it says something of the run: on its own images, all of them.
+    own = config.train is config.test is config.img_size is config.max_train is None
+    if own and (config.checkpoint / "config.json").exists():
         path = config.checkpoint / f"{name}_{config.pool}.json"
         content = {"accuracy": accuracy, "protocol": protocol, "features": features}
         path.write_text(json.dumps(content, indent=2) + "\n")

@@ -161,6 +161,35 @@ class VisualizeConfig:
     device: str = "auto"
 
 
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """Matrix entropies of a representation, layer by layer, or of a training over time."""
+
+    sources: tuple[str, ...]
+    """Run folders, checkpoints, published .pth files, names of timm models, or files of features
+    (.npy, .npz, .pt). Run folders without --data: curves of their training."""
+    data: str | None = None
+    """Images to look at, as in pretrain --data.train; their test part where there is one."""
+    img_size: int | None = None
+    """Side in pixels of the images of a folder. Default: that of the model."""
+    count: int = 256
+    """How many images, or rows of a file of features."""
+    weights: Path | None = None
+    """Local weights of a timm model (.safetensors, .pth)."""
+    pretrained: bool = False
+    """Download the published weights of a timm model. Default: random weights."""
+    center: bool = False
+    """Subtract the mean row of the normalised features first."""
+    out: Path = Path("runs/analysis")
+    """Folder of analysis.json and the figures."""
+    cache: Path = Path("~/.cache/mmae_fast")
+    """Where downloads are kept."""
+    seed: int = 0
+    """Of the two views."""
+    published: PublishedConfig = field(default_factory=PublishedConfig)
+    device: str = "auto"
+
+
 # Published recipes of fine-tuning, and one for small images on a CPU. The checkpoint is the user's.
 _NONE = Path()
 FINETUNE_RECIPES: dict[str, tuple[str, FinetuneConfig]] = {

@@ -16,6 +16,7 @@ from mmae_fast.config import DataConfig, UserError, from_dict
 from mmae_fast.data import ImageData, load_data
 from mmae_fast.data.builtin import BUILT_IN
 from mmae_fast.eval_config import EvalConfig, FinetuneConfig, ProbeConfig, VisualizeConfig
+from mmae_fast.measures import spectrum
 from mmae_fast.models import MaskedAutoencoder, TwoBranch, VisionTransformer
 from mmae_fast.probes import Features, knn, lars_probe, lbfgs_probe
 from mmae_fast.published import Model, check_norm_pix, open_model
@@ -163,6 +164,20 @@ def probe(config: ProbeConfig) -> tuple[float, str]:
         return torch.cat([run.model.forward_features(part, config.pool) for part in parts]).float()
 
     return lars_probe(features, config, base_lr, view if config.augment else None)
+
+
+def classify(features: Features) -> dict[str, Any]:
+    """Accuracies of both quick classifiers; spectrum and effective rank of the test features."""
+    accuracy, probe_protocol = lbfgs_probe(features)
+    neighbours, knn_protocol = knn(features)
+    values = spectrum(features.test)
+    return {
+        "linear_probe": accuracy,
+        "knn": neighbours,
+        "effective_rank": torch.special.entr(values).sum().exp().item(),
+        "spectrum": values.tolist(),
+        "protocol": f"{probe_protocol}. {knn_protocol}",
+    }
 
 
 def nearest_neighbours(config: EvalConfig) -> tuple[float, str]:

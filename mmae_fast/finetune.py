@@ -53,8 +53,8 @@ PROTOCOL = (
 def finetune(config: FinetuneConfig, task: Task | None = None) -> tuple[float, str]:
     """Train, or continue training; accuracy in [0, 1] on the test images and the protocol in words.
 
-    The result is also written to ``finetune.json``, in ``config.out`` and in the run folder that
-    the encoder came from.
+    The result is also written to ``finetune.json``, in ``config.out`` and, where the images are
+    its own, in the run folder that the encoder came from.
 
     Raises:
         UserError: what cannot work, with the values received.
@@ -325,7 +325,8 @@ def write_result(config: FinetuneConfig, accuracy: float) -> tuple[float, str]:
     content = {"accuracy": accuracy, "protocol": protocol, "run": str(config.out)}
     text = json.dumps(content, indent=2) + "\n"
     folders: list[Path] = [config.out]
-    if (config.checkpoint / "config.json").exists():
+    own = config.train is config.test is config.img_size is None
+    if own and (config.checkpoint / "config.json").exists():
         folders.append(config.checkpoint)
     for folder in folders:
         (folder / RESULT).write_text(text)

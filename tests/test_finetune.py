@@ -191,8 +191,12 @@ FULL = dict(
 )
 
 
-@pytest.mark.parametrize("changes", [dict(ema=0.9), dict(mixup=0.0, cutmix=0.0, pool="cls")])
-@pytest.mark.parametrize("stop_after", [4, 5, 7])
+PLAIN = dict(mixup=0.0, cutmix=0.0, pool="cls")
+
+
+@pytest.mark.parametrize(
+    "changes, stop_after", [(dict(ema=0.9), 4), (dict(ema=0.9), 5), (dict(ema=0.9), 7), (PLAIN, 7)]
+)
 def test_resume_is_bitwise(encoder, tmp_path, changes, stop_after):
     """Stopped within an epoch, at its end, and after it: the same weights and metrics."""
     config = tiny(encoder, tmp_path / "whole", **(FULL | changes))
