@@ -24,7 +24,9 @@ from .kernels import product, rows
 from .torch_backend import (  # noqa: F401 - the backend's own
     GramParts,
     full_precision,
+    gram_coding_rate_fwd,
     gram_entropy_fwd,
+    gram_rational_entropy_fwd,
     matrix_log_bwd,
     matrix_log_fwd,
 )
@@ -144,6 +146,11 @@ def renyi2(g, square, trace, need_weight):
 
 
 @full_precision
+def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
+    arguments = (z, mask, alpha, normalize, center, need_weight)
+    return torch_backend.rational_entropy_fwd(*arguments, gram)
+
+
 def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
     return torch_backend.joint_entropy_fwd(
         z1, z2, mask, alpha, normalize, center, need_weight, gram
