@@ -70,7 +70,7 @@ def pretrain(
                 return train(config, data or load_data(config.data), world, task, began)
         except OSError as error:
             last = latest_checkpoint(config.out)
-            raise UserError(f"{error} (last checkpoint: {last})") from error
+            raise UserError(f"{error} (last checkpoint: {last}; see --resume)") from error
 
 
 def train(
