@@ -212,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             steps.skip("tests", "no test is marked gpu")
         sanitise(steps)
+        steps.step("training step", python("-m", "benchmarks.train_step", "--device", "cuda"), 120)
         benchmark(steps)
     for name, outcome, seconds, note in steps.reports:
         print(f"{outcome}  {seconds:6.1f} s  {name}  {note}")

@@ -125,7 +125,7 @@ def intact_checkpoint(run: Path) -> Path | None:
 def restore(run: Path, files: Files, world: World) -> int:
     """Load the newest intact checkpoint of a run into the tensors; return its step, 0 for none.
 
-    To be called by all processes; the main one reads, so that the folder need not be shared.
+    To be called by all processes; the main one reads, and tells the others.
     """
     loaded, step, error = None, 0, None
     if world.main:

@@ -255,6 +255,8 @@ def check(config: PretrainConfig) -> None:
             "two branches are normalised over the whole batch (BatchNorm): accumulate must be 1, "
             f"got {config.accumulate}"
         )
+    if config.shard:
+        raise UserError("shard is for masked autoencoders: two branches are small enough to copy")
     if config.reconstruct_every:
         raise UserError(
             "reconstruct_every is for masked autoencoders: two branches have no decoder"

@@ -21,11 +21,12 @@ class Damaged(Exception):
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Folder to write into, which gets its name when all of it is on the disk.
 
-    A process killed meanwhile leaves ``folder.partial`` behind, an error not even that. A folder of
-    the same name is replaced.
+    A process killed meanwhile leaves ``folder.partial`` behind, until the next folder beside it is
+    written; an error not even that. A folder of the same name is replaced.
     """
+    for left in folder.parent.glob("*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial

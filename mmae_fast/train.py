@@ -70,7 +70,8 @@ def pretrain(
                 return train(config, data or load_data(config.data), world, task, began)
         except OSError as error:
             last = latest_checkpoint(config.out)
-            raise UserError(f"{error} (last checkpoint: {last})") from error
+            hint = f" (last checkpoint: {last}; see --resume)" if last else ""
+            raise UserError(f"{error}{hint}") from error
 
 
 def train(

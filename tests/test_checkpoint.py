@@ -1,5 +1,7 @@
 """Checkpoints: whole or absent, checked, safe to load; and runs that end as if never stopped."""
 
+import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -26,9 +28,11 @@ from mmae_fast.checkpoint import (
     save_checkpoint,
 )
 from mmae_fast.config import ModelConfig, PretrainConfig, UserError, to_dict
+from mmae_fast.data import ImageData
 from mmae_fast.launch import World
 from mmae_fast.models import build_model
 from mmae_fast.runs import read_metrics
+from mmae_fast.train import pretrain
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -240,6 +244,48 @@ def test_full_and_read_only_disk(small_disk):
     with pytest.raises(UserError, match="Read-only file system") as caught:
         save_checkpoint(small_disk, 4, state(4), META, 3, ALONE)
     check_that_nothing_is_lost(small_disk, caught)
+
+
+def test_disk_full_while_training(small_disk):
+    """At a line of metrics, not at a checkpoint: an error that names both; then it goes on."""
+    images = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8)
+    data = ImageData(images, None, (), "made up"), None
+    config = dataclasses.replace(
+        CONFIG,
+        out=small_disk / "run",
+        epochs=20,
+        batch_size=4,
+        log_every=1,
+        save_every=10,
+        device="cpu",
+    )
+    filler = small_disk / "filler"
+    task = FillsTheDisk(filler, at=21)
+    with pytest.raises(UserError, match=r"No space left on device.*last checkpoint.*step-000020"):
+        pretrain(config, data, task)
+    assert damage(latest_checkpoint(config.out)) is None
+    filler.unlink()
+    pretrain(dataclasses.replace(config, resume=True), data, FillsTheDisk(filler, at=None))
+    assert [r["step"] for r in read_metrics(config.out / "metrics.jsonl")] == list(range(41))
+
+
+class FillsTheDisk:
+    def __init__(self, filler, at):
+        self.filler, self.at = filler, at
+
+    def start(self, total, done=0):
+        self.done = done
+
+    def advance(self, units=1):
+        self.done += units
+        if self.done == self.at:
+            # The last page of the metrics has room for some lines yet.
+            with self.filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(10_000))
+
+    def say(self, note):
+        pass
 
 
 # --- Killed and resumed --------------------------------------------------------------------------

@@ -290,6 +290,8 @@ def test_interrupted_and_resumed_is_bitwise_the_same(config, data):
     "changes, match",
     [
         (dict(batch_size=1), "two branches need batch_size >= 2, got 1"),
+        (dict(accumulate=2), "accumulate must be 1, got 2"),
+        (dict(shard=True), "shard is for masked autoencoders"),
         (dict(monitor_every=-1), "monitor_every must be >= 0, got -1"),
         (dict(two_branch=TwoBranchConfig(jitter=-1.0)), "jitter must be >= 0, got -1.0"),
         (dict(two_branch=TwoBranchConfig(grey=1.5)), r"grey must be in \[0, 1\], got 1.5"),
