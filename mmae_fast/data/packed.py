@@ -82,12 +82,12 @@ def pack_source(source: Source, spec: Spec, out: Path, strict: bool = False) -> 
     """
     if out.exists():
         raise UserError(f"{out} exists; remove it, or choose another folder")
-    key = json.dumps([asdict(spec), strict, source.origin, source.identity, len(source.samples)])
+    same = [asdict(spec), strict, source.identity or source.origin, len(source.samples)]
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / IMAGES).open("a+b") as images, (partial / LABELS).open("a+b") as labels:
         _lock(images, partial)
-        progress = _read_progress(partial, _sha256(key.encode()))
+        progress = _read_progress(partial, _sha256(json.dumps(same).encode()))
         image_bytes = spec.channels * spec.size[0] * spec.size[1]
         _cut(images, progress.count * image_bytes)
         _cut(labels, progress.count * 8)
