@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu | experiment-small | experiment-gpu | abi-check | clean
+# make demo | test | test-long | lint | bench | gpu | experiment-small | experiment-gpu | abi-check | clean
 #                                                                 (README.md explains each)
 # make fuzz | sanitize | arm64-check                         (CONTRIBUTING.md says when to run them)
 PYTHON ?= python3
@@ -10,7 +10,7 @@ CXX_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h tests/cud
   tests/cpu_threads/*)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench gpu experiment-small experiment-gpu abi-check fuzz sanitize
+.PHONY: demo test test-long lint bench gpu experiment-small experiment-gpu abi-check fuzz sanitize
 .PHONY: arm64-check clean data
 
 # The environment, and the extension in it; rebuilt when a C++ source changes.
@@ -42,6 +42,10 @@ demo: $(VENV)/.installed data
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+# What takes minutes: trainings killed twenty times, and the like.
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

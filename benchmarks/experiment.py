@@ -30,7 +30,6 @@ from rich.console import Console
 from mmae_fast.checkpoint import pick_device
 from mmae_fast.config import (
     METHODS,
-    TINY,
     DataConfig,
     LossConfig,
     PretrainConfig,
@@ -42,7 +41,8 @@ from mmae_fast.data import ImageData, load_data
 from mmae_fast.demo import PROBE_STEPS, PROBE_TRAIN, classify, run_one
 from mmae_fast.evaluate import raw_pixels
 from mmae_fast.progress import Board
-from mmae_fast.runs import read_metrics, versions
+from mmae_fast.recipes import TINY
+from mmae_fast.runs import PLACE, read_metrics, versions
 
 from .experiment_page import MASKED, TWO_BRANCH, draw, table, write_page
 
@@ -250,7 +250,7 @@ def quick(preset: Preset) -> Preset:
 def settings(recipe: PretrainConfig) -> dict[str, Any]:
     """A recipe without what differs between runs and machines."""
     values = to_dict(recipe)
-    for key in ("data", "out", "resume", "device", "seed"):
+    for key in ("data", "seed", *PLACE):
         del values[key]
     del values["loss"]["method"]
     return values

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmae_fast.config import METHODS, PretrainConfig
 
 # What a key of ``generator`` draws: streams that must not share their numbers.
-ORDER, AUGMENTATION, MASK, VIEWS = range(4)
+ORDER, AUGMENTATION, MASK, VIEWS, GLOBAL = range(5)
 
 # A batch of large images is read by several threads, since a disk answers several at once.
 COLLECTORS, PART_BYTES = 8, 2 << 20
@@ -140,9 +140,13 @@ class Batches:
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
     """Random generator that is a function of its key, well mixed even for neighbouring keys."""
+    return torch.Generator(device).manual_seed(stream(*key))
+
+
+def stream(*key: int) -> int:
+    """Seed of a key."""
     # 53 bits: what every device's generator takes as a seed. CPU generators use the lower 32.
-    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 11
-    return torch.Generator(device).manual_seed(state)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 11
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

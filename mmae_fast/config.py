@@ -1,4 +1,4 @@
-"""Typed configurations of the training program, and the recipes made of them.
+"""Typed configurations of the training program; recipes.py has those with a name.
 
 Knows the standard library only, so that ``mmae --help`` answers without importing torch.
 """
@@ -126,6 +126,9 @@ class LossConfig:
     """Order of the Rényi entropy (renyi)."""
     center: bool = False
     """Subtract the batch mean of the features first."""
+    grad_scale: Literal["mean", "sum"] = "mean"
+    """mean: the gradient of the regulariser is that of the global batch, whatever the number of
+    GPUs. sum: on W GPUs 1/W of it, as in the published M-MAE code."""
 
 
 @dataclass(frozen=True)
@@ -161,17 +164,29 @@ class PretrainConfig:
     warmup_epochs: float = 40.0
     """Linear warm-up, then cosine to zero."""
     batch_size: int = 1024
+    """Images per step, of all GPUs together."""
+    accumulate: int = 1
+    """Parts that a GPU's share of the batch is cut into, one after the other, to save memory. The
+    loss is that of the whole batch, its regulariser included."""
     base_lr: float = 1.5e-4
     """Learning rate per 256 images: lr = base_lr * batch_size / 256."""
     weight_decay: float = 0.05
     clip_grad: float | None = None
     """Largest gradient norm; none: no clipping."""
+    max_skipped: int = 10
+    """Steps whose gradient is not finite are skipped; so many in a row end the run."""
+    ema: float | None = None
+    """Decay per step of an exponential moving average of the weights, kept beside them."""
     min_crop: float = 0.2
     """Smallest share of the image's area kept by the random crop; 1: no crop."""
     hflip: bool = True
     """Mirror half of the images."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass. Losses are float32 either way."""
+    compile: bool = False
+    """torch.compile the network's blocks."""
+    shard: bool = False
+    """Split weights and optimizer state among the GPUs (FSDP2) instead of copying them (DDP)."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
     seed: int = 0
@@ -180,73 +195,18 @@ class PretrainConfig:
     monitor_every: int = 200
     """Steps between measurements of the information that two views of held-out images share
     (entropies, mutual information); 0: none."""
-    save_every: int = 10
+    reconstruct_every: int = 0
+    """Epochs between pictures of reconstructed test images in --out; 0: none."""
+    save_every: int = 1
     """Epochs between checkpoints."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluate the frozen encoder on labelled, unmasked images."""
-
-    checkpoint: Path
-    """Run folder, checkpoint folder or model.safetensors."""
-    train: str | None = None
-    """Images with labels to learn from, as in pretrain --data.train. Default: those of the run."""
-    test: str | None = None
-    """Images to score on. Default: the test part of the training images."""
-    img_size: int | None = None
-    """As in pretrain --data.img-size."""
-    pool: Literal["cls", "mean"] = "cls"
-    """Features: the class token, or the mean of the patch tokens."""
-    max_train: int | None = None
-    """Use only the first so many training images."""
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
-class VisualizeConfig:
-    """Draw test images, masked and reconstructed."""
-
-    checkpoint: Path
-    """Run folder, checkpoint folder or model.safetensors."""
-    out: Path = Path("reconstructions.png")
-    train: str | None = None
-    """As in probe; drawn are its test images, where there are any."""
-    test: str | None = None
-    img_size: int | None = None
-    count: int = 10
-    """How many images."""
-    seed: int = 0
-    """Of the masks."""
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
-class AnalyzeConfig:
-    """Matrix entropies of a representation, layer by layer, or of a training over time."""
-
-    sources: tuple[str, ...]
-    """Run folders, checkpoints, names of timm models, or files of features (.npy, .npz, .pt). Run
-    folders without --data: curves of their training."""
-    data: str | None = None
-    """Images to look at, as in pretrain --data.train; their test part where there is one."""
-    img_size: int | None = None
-    """Side in pixels of the images of a folder. Default: that of the model."""
-    count: int = 256
-    """How many images, or rows of a file of features."""
-    weights: Path | None = None
-    """Local weights of a timm model (.safetensors, .pth)."""
-    pretrained: bool = False
-    """Download the published weights of a timm model. Default: random weights."""
-    center: bool = False
-    """Subtract the mean row of the normalised features first."""
-    out: Path = Path("runs/analysis")
-    """Folder of analysis.json and the figures."""
-    cache: Path = Path("~/.cache/mmae_fast")
-    """Where downloads are kept."""
-    seed: int = 0
-    """Of the two views."""
-    device: str = "auto"
+    keep: int = 2
+    """How many checkpoints are kept, the newest."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into --out."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases too."""
+    profile: bool = False
+    """Trace a few steps with torch.profiler and say where their time goes."""
 
 
 @dataclass(frozen=True)
@@ -267,34 +227,41 @@ class DemoConfig:
     device: str = "auto"
 
 
-# 28-32 pixel images on a CPU or any GPU.
-TINY = ModelConfig(
-    patch_size=4,
-    embed_dim=128,
-    depth=4,
-    num_heads=4,
-    decoder_embed_dim=64,
-    decoder_depth=1,
-    decoder_num_heads=4,
-)
-VIT_L = ModelConfig(embed_dim=1024, depth=24, num_heads=16, double_norm=True)
-
-RECIPES: dict[str, tuple[str, PretrainConfig]] = {
-    "vit-b": (
-        "published recipe, ViT-B/16, 224 pixels, mu 1",
-        PretrainConfig(model=ModelConfig(double_norm=True), data=DataConfig(img_size=224)),
-    ),
-    "vit-l": (
-        "published recipe, ViT-L/16, 224 pixels, mu 3",
-        PretrainConfig(model=VIT_L, data=DataConfig(img_size=224), loss=LossConfig(mu=3.0)),
-    ),
-    "tiny": (
-        "0.9 M parameters, patch 4, for 28-32 pixel images",
-        PretrainConfig(
-            model=TINY, epochs=20, warmup_epochs=2, batch_size=256, base_lr=1e-3, save_every=1
-        ),
-    ),
-}
+def check(config: PretrainConfig) -> None:
+    """Raise UserError, with the value received, for settings that cannot be meant."""
+    positive = ("epochs", "batch_size", "accumulate", "max_skipped")
+    for name in (*positive, "log_every", "save_every", "keep"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name} must be > 0, got {getattr(config, name)}")
+    if config.clip_grad is not None and not config.clip_grad > 0:
+        raise UserError(f"clip_grad must be > 0, got {config.clip_grad}")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise UserError(f"ema must be in (0, 1), got {config.ema}")
+    if not 0 < config.min_crop <= 1:
+        raise UserError(f"min_crop must be in (0, 1], got {config.min_crop}")
+    for name in ("monitor_every", "reconstruct_every"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} must be >= 0, got {getattr(config, name)}")
+    if not config.two_branch.jitter >= 0:
+        raise UserError(f"two_branch.jitter must be >= 0, got {config.two_branch.jitter}")
+    if not 0 <= config.two_branch.grey <= 1:
+        raise UserError(f"two_branch.grey must be in [0, 1], got {config.two_branch.grey}")
+    if METHODS[config.loss.method][0] is not None:
+        return
+    if config.batch_size < 2:
+        raise UserError(f"two branches need batch_size >= 2, got {config.batch_size}")
+    if config.accumulate > 1:
+        raise UserError(
+            "two branches are normalised over the whole batch (BatchNorm): accumulate must be 1, "
+            f"got {config.accumulate}"
+        )
+    if config.reconstruct_every:
+        raise UserError(
+            "reconstruct_every is for masked autoencoders: two branches have no decoder"
+        )
+    for name in ("temperature", "lambd"):
+        if not getattr(config.loss, name) > 0:
+            raise UserError(f"loss.{name} must be > 0, got {getattr(config.loss, name)}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

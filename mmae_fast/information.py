@@ -11,14 +11,30 @@ in nats.
     cross-entropy, matrix KL divergence).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import dispatch, information_operators
-from .ops import _positive, _validate, _validate_features, fast_gram, fast_matrix_entropy
+from .distributed import over_ranks
+from .ops import (
+    _positive,
+    _validate,
+    _validate_features,
+    fast_gram,
+    fast_matrix_entropy,
+    gram_entropy,
+)
 from .reference import accumulation_dtype
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
+
+@over_ranks("z1", "z2", rows=("mask",), unless="from_gram")
 def joint_entropy(
     z1: Tensor,
     z2: Tensor,
@@ -28,6 +44,8 @@ def joint_entropy(
     center: bool = False,
     mask: Tensor | None = None,
     from_gram: bool = False,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """Joint matrix entropy of two views of the same n samples, differentiable.
@@ -47,12 +65,13 @@ def joint_entropy(
     Args:
         z1, z2: features, shapes ``(..., n, d1)`` and ``(..., n, d2)``: the same samples in the same
             order, one dtype (float32, float64, bfloat16 or float16) and device, any strides.
-        alpha, normalize, center, mask, backend: see :func:`mmae_fast.fast_matrix_entropy`; row
-            options and the mask ``(..., n)`` hold for both views.
+        alpha, normalize, center, mask, process_group, grad_scale, backend: see
+            :func:`mmae_fast.fast_matrix_entropy`; row options and the mask ``(..., n)`` hold for
+            both views. With a process group the rows of all ranks are gathered.
         from_gram: z1 and z2 are ready Gram matrices ``(..., n, n)``, symmetric and positive
             semi-definite (not checked), e.g. of :func:`rbf_gram`. They are used as they are:
             ``normalize`` concerns rows of features and does nothing; ``mask`` drops rows and
-            columns; ``center=True`` is an error.
+            columns; ``center=True`` and ``process_group`` are errors.
     Returns:
         shape ``(...)``. 0 where the product has trace 0; NaN where a kept entry is NaN or Inf.
     Raises:
@@ -66,12 +85,13 @@ def joint_entropy(
     alpha = _positive("alpha", alpha, allow_inf=True)
     mask, backend = _validate_views(z1, z2, center, mask, from_gram, backend)
     if from_gram:
-        return _gram_entropy(_dropped(z1, mask) * _dropped(z2, mask), alpha, backend)
+        return gram_entropy(_dropped(z1, mask) * _dropped(z2, mask), alpha, backend)
     need = (z1.requires_grad or z2.requires_grad) and torch.is_grad_enabled()
     arguments = (alpha, bool(normalize), bool(center), need, backend)
     return information_operators.joint_entropy(z1, z2, mask, *arguments)[0]
 
 
+@over_ranks("z1", "z2", rows=("mask",), unless="from_gram")
 def mutual_information(
     z1: Tensor,
     z2: Tensor,
@@ -81,6 +101,8 @@ def mutual_information(
     center: bool = False,
     mask: Tensor | None = None,
     from_gram: bool = False,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """Matrix mutual information ``H(K1) + H(K2) - H(K1 ⊙ K2)`` ([1]), differentiable.
@@ -98,6 +120,7 @@ def mutual_information(
     return h1 + h2 - joint
 
 
+@over_ranks("z1", "z2", rows=("mask",), unless="from_gram")
 def conditional_entropy(
     z1: Tensor,
     z2: Tensor,
@@ -107,6 +130,8 @@ def conditional_entropy(
     center: bool = False,
     mask: Tensor | None = None,
     from_gram: bool = False,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """Matrix conditional entropy of z1 given z2, ``H(K1 ⊙ K2) - H(K2)`` ([1]), differentiable.
@@ -160,15 +185,18 @@ def matrix_kl(p: Tensor, q: Tensor, *, backend: str = "auto") -> Tensor:
     p, q, backend = _validate_pair(p, q, backend)
     trace = p.diagonal(dim1=-2, dim2=-1).sum(-1)
     # With rho = P / tr P: tr(P log P) = tr P · (log tr P - H_1(rho)).
-    negative = torch.special.xlogy(trace, trace) - trace * _gram_entropy(p, 1.0, backend)
+    negative = torch.special.xlogy(trace, trace) - trace * gram_entropy(p, 1.0, backend)
     return negative - trace + matrix_cross_entropy(p, q, backend=backend)
 
 
+@over_ranks("z", rows=("mask",))
 def rbf_gram(
     z: Tensor,
     bandwidth: float | None = None,
     *,
     mask: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """Gaussian-kernel Gram matrix ``K_ij = exp(-||z_i - z_j||² / (2 sigma²))``, differentiable.
@@ -186,7 +214,8 @@ def rbf_gram(
         bandwidth: sigma, > 0. None takes, for each matrix, the median distance over the pairs
             i < j of kept rows (the lower one of an even number), and the gradient goes through it.
         mask: bool, shape ``(..., n)``; rows and columns of dropped rows are 0.
-        backend: see :func:`mmae_fast.fast_gram`.
+        process_group, grad_scale, backend: see :func:`mmae_fast.fast_gram`; n counts the rows of
+            all ranks.
     Returns:
         shape ``(..., n, n)``, symmetric with unit diagonal, positive semi-definite. Where the
         median distance is 0, K is its limit: 1 between equal rows, 0 between others.
@@ -235,12 +264,7 @@ def _entropy(z, alpha, rows, mask, from_gram, backend) -> Tensor:
     if not from_gram:
         return fast_matrix_entropy(z, alpha, mask=mask, backend=backend, **rows)
     backend = dispatch.select_backend(backend, z.device.type)
-    return _gram_entropy(_dropped(z, mask), alpha, backend)
-
-
-def _gram_entropy(g: Tensor, alpha: float, backend: str) -> Tensor:
-    need = g.requires_grad and torch.is_grad_enabled()
-    return information_operators.gram_entropy(g, float(alpha), need, backend)[0]
+    return gram_entropy(_dropped(z, mask), float(alpha), backend)
 
 
 def _dropped(g: Tensor, mask: Tensor | None) -> Tensor:
@@ -270,7 +294,7 @@ def _validate_views(z1, z2, center, mask, from_gram, backend) -> tuple[Tensor | 
             "z1 and z2 must have the same leading dimensions and n, got"
             f" {tuple(z1.shape)} and {tuple(z2.shape)}"
         )
-    _, mask, backend = _validate(z1, mask, "highest", None, backend)
+    _, mask, backend = _validate(z1, mask, "highest", backend)
     return mask, backend
 
 

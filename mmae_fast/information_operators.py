@@ -1,13 +1,17 @@
 """Operators of two views and of ready symmetric matrices, in the pattern of operators.py.
 
-| operator           | computes                                    | second derivative             |
-|--------------------|---------------------------------------------|-------------------------------|
-| joint_entropy_fwd  | H_alpha of K1 ⊙ K2, a weight for each view  | alpha = 2 (joint_entropy_bwd) |
-| gram_entropy_fwd   | H_alpha of a ready Gram matrix, and dH/dG   | alpha = 2 (gram_entropy_bwd)  |
-| matrix_log_fwd     | log Q, its eigenvalues and eigenvectors     | no                            |
+| operator                  | computes                                    | second derivative |
+|---------------------------|---------------------------------------------|-------------------|
+| joint_entropy_fwd         | H_alpha of K1 ⊙ K2, a weight for each view  | alpha = 2         |
+| gram_entropy_fwd          | H_alpha of a ready Gram matrix, and dH/dG   | alpha = 2         |
+| gram_rational_entropy_fwd | the same for alpha = 1, by rational.py      | no                |
+| gram_coding_rate_fwd      | log det(I + scale G) of a ready G, and d/dG | yes               |
+| matrix_log_fwd            | log Q, its eigenvalues and eigenvectors     | no                |
 
 The weights of a joint entropy are n x n.
 """
+
+from collections.abc import Callable
 
 from . import dispatch, reference
 from .operators import (
@@ -100,61 +104,66 @@ joint_entropy = _differentiable(
 # Functions of a ready symmetric matrix
 
 
-def _gram_entropy_fwd(gram, alpha, need_weight, backend):
-    value, weight = dispatch.module(backend).gram_entropy_fwd(gram, alpha, need_weight)
-    return value, _no_weight(gram) if weight is None else weight.contiguous()
+def _coding_rate_value(gram, mask, arguments):
+    _weight, scale = arguments
+    return reference.coding_rate_of_gram(gram, scale)
 
 
-def _gram_entropy_fwd_fake(gram, alpha, need_weight, backend):
-    k = gram.shape[-1]
-    return _empty(gram), _empty(gram, k, k) if need_weight else _no_weight(gram)
-
-
-def _gram_entropy_bwd(grad, gram, mask, weight, alpha):
-    return weight * grad[..., None, None]
-
-
-def _gram_entropy_value(gram, mask, arguments):
+def _entropy_value(gram, mask, arguments):
     _weight, alpha = arguments
     _only_order_2(alpha)
     return reference.entropy_of_gram(gram, alpha)
 
 
-def _gram_entropy_setup(ctx, inputs, output):
-    gram, ctx.alpha, ctx.has_weight, _backend = inputs
-    ctx.save_for_backward(gram, output[1])
-    ctx.set_materialize_grads(False)
+def _define_of_gram(name: str, parameter: str, value_of: Callable) -> Callable:
+    def forward(gram, parameter, need_weight, backend):
+        run = getattr(dispatch.module(backend), f"{name}_fwd")
+        value, weight = run(gram, parameter, need_weight)
+        return value, _no_weight(gram) if weight is None else weight.contiguous()
 
+    def forward_fake(gram, parameter, need_weight, backend):
+        k = gram.shape[-1]
+        return _empty(gram), _empty(gram, k, k) if need_weight else _no_weight(gram)
 
-def _gram_entropy_backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 4
-    if not ctx.has_weight:
-        raise RuntimeError("mmae_fast::gram_entropy_fwd: a gradient needs need_weight=True")
-    gram, weight = ctx.saved_tensors
-    return (gram_entropy_bwd(grad, gram, None, weight.detach(), ctx.alpha),) + (None,) * 3
+    def backward(grad, gram, mask, weight, parameter):
+        return weight * grad[..., None, None]
 
-
-gram_entropy_bwd = _twice_differentiable(
-    _define(
-        "gram_entropy_bwd",
-        "(Tensor grad, Tensor gram, Tensor? mask, Tensor weight, float alpha) -> Tensor",
-        _gram_entropy_bwd,
-        _grad_fake,
-    ),
-    _gram_entropy_value,
-)
-gram_entropy = _differentiable(
-    _define(
-        "gram_entropy_fwd",
-        "(Tensor gram, float alpha, bool need_weight, str backend)"
+    forward_op = _define(
+        f"{name}_fwd",
+        f"(Tensor gram, float {parameter}, bool need_weight, str backend)"
         " -> (Tensor value, Tensor weight)",
-        _gram_entropy_fwd,
-        _gram_entropy_fwd_fake,
-    ),
-    _gram_entropy_setup,
-    _gram_entropy_backward,
-)
+        forward,
+        forward_fake,
+    )
+    backward_op = _twice_differentiable(
+        _define(
+            f"{name}_bwd",
+            f"(Tensor grad, Tensor gram, Tensor? mask, Tensor weight, float {parameter}) -> Tensor",
+            backward,
+            _grad_fake,
+        ),
+        value_of,
+    )
+
+    def setup(ctx, inputs, output):
+        gram, ctx.parameter, ctx.has_weight, _backend = inputs
+        ctx.save_for_backward(gram, output[1])
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, grad, _):
+        if grad is None:
+            return (None,) * 4
+        if not ctx.has_weight:
+            raise RuntimeError(f"mmae_fast::{name}_fwd: a gradient needs need_weight=True")
+        gram, weight = ctx.saved_tensors
+        return (backward_op(grad, gram, None, weight.detach(), ctx.parameter),) + (None,) * 3
+
+    return _differentiable(forward_op, setup, differentiate)
+
+
+gram_coding_rate = _define_of_gram("gram_coding_rate", "scale", _coding_rate_value)
+gram_entropy = _define_of_gram("gram_entropy", "alpha", _entropy_value)
+gram_rational_entropy = _define_of_gram("gram_rational_entropy", "alpha", _entropy_value)
 
 
 def _matrix_log_fwd(q, backend):

@@ -6,9 +6,20 @@ Every loss is a number to minimise, computed in float32 whatever autocast says.
 [2] How Mask Matters, NeurIPS 2022, arXiv:2210.08344 (U-MAE).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
-from .ops import fast_coding_rate, fast_gram, fast_matrix_entropy
+from .distributed import Shards, over_ranks
+from .ops import (
+    fast_coding_rate,
+    fast_gram,
+    fast_matrix_entropy,
+    reduced_coding_rate,
+    reduced_gram,
+)
 from .reference import accumulation_dtype
 from .two_branch import (
     barlow_twins_loss,
@@ -20,6 +31,9 @@ from .two_branch import (
     matrix_uniformity_loss,
     spectral_contrastive_loss,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "MatrixEntropyRegularizer",
@@ -36,7 +50,20 @@ __all__ = [
 ]
 
 
-def tcr_loss(z: Tensor, mu: float = 1.0, center: bool = False, *, backend: str = "auto") -> Tensor:
+def _reduced_tcr(shards: Shards, z, mu, center, backend) -> Tensor:
+    return -reduced_coding_rate(shards, z, mu / z.shape[-1], center=center, backend=backend)
+
+
+@over_ranks("z", reduced=_reduced_tcr)
+def tcr_loss(
+    z: Tensor,
+    mu: float = 1.0,
+    center: bool = False,
+    *,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
     """Negative total coding rate of normalised features ([1], the regulariser of M-MAE).
 
     Equivalent to ``-logdet(I_d + mu / d · ẐᵀẐ)``, Ẑ the row-normalised features.
@@ -46,20 +73,35 @@ def tcr_loss(z: Tensor, mu: float = 1.0, center: bool = False, *, backend: str =
         mu: dimensionless, > 0; 1 (ViT-B) or 3 (ViT-L) in the published code. (The paper writes
             ``log det(mu I + ZZᵀ)``: its mu is the inverse of the code's.)
         center: subtract the mean row after normalisation.
+        process_group, grad_scale, backend: see :func:`mmae_fast.fast_matrix_entropy`. The published
+            code is ``grad_scale="sum"``: averaged over W ranks, its weight acts as 1/W of itself.
     Returns: shape ``(...)``, float32 (float64 for float64 input), in nats.
     Raises: TypeError, ValueError: as :func:`mmae_fast.fast_coding_rate`.
     """
     return -fast_coding_rate(z, mu / z.shape[-1], center=center, backend=backend)
 
 
-def uniformity_loss(z: Tensor, *, backend: str = "auto") -> Tensor:
+def _reduced_uniformity(shards: Shards, z, backend) -> Tensor:
+    return reduced_gram(shards, z, backend=backend).square().sum((-2, -1)) / shards.rows**2
+
+
+@over_ranks("z", reduced=_reduced_uniformity)
+def uniformity_loss(
+    z: Tensor,
+    *,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
     """Mean squared cosine similarity of all pairs ([2], the regulariser of U-MAE).
 
     Equivalent to ``(Ẑ Ẑᵀ).square().mean((-2, -1))``, and equal to ``exp(-H_2(Ẑ))`` when no row is
     zero: for unit rows the trace of the Gram matrix is n, so ``H_2 = -log(||G||² / n²)``. It is
     computed as a sum of squares on the smaller Gram matrix.
 
-    Args: z: features, shape ``(..., n, d)``.
+    Args:
+        z: features, shape ``(..., n, d)``.
+        process_group, grad_scale, backend: see :func:`mmae_fast.fast_matrix_entropy`.
     Returns: shape ``(...)``, float32 (float64 for float64 input), dimensionless.
     """
     return fast_gram(z, backend=backend).square().sum((-2, -1)) / z.shape[-2] ** 2
@@ -82,7 +124,8 @@ class MatrixEntropyRegularizer(nn.Module):
         mu: for "tcr".
         alpha: order, for "renyi".
         center: subtract the mean row after normalisation (not for "uniformity").
-        backend: see :func:`mmae_fast.fast_matrix_entropy`.
+        process_group, grad_scale, backend: see :func:`mmae_fast.fast_matrix_entropy`. (A module
+            that holds a group cannot be copied or pickled.)
     Raises:
         ValueError: unknown kind, negative weight, or centring asked of "uniformity".
     """
@@ -96,6 +139,8 @@ class MatrixEntropyRegularizer(nn.Module):
         mu: float = 1.0,
         alpha: float = 2.0,
         center: bool = False,
+        process_group: ProcessGroup | None = None,
+        grad_scale: str = "mean",
         backend: str = "auto",
     ):
         super().__init__()
@@ -106,18 +151,23 @@ class MatrixEntropyRegularizer(nn.Module):
         if kind == "uniformity" and center:
             raise ValueError("center=True is not defined for kind 'uniformity'")
         self.kind, self.weight, self.mu, self.alpha = kind, weight, mu, alpha
-        self.center, self.backend = center, backend
+        self.center = center
+        self.options = {
+            "process_group": process_group,
+            "grad_scale": grad_scale,
+            "backend": backend,
+        }
 
     def forward(self, z: Tensor) -> Tensor:
         """z (..., n, d) -> the weighted term, shape (...)."""
         if self.kind == "none":
             return z.new_zeros(z.shape[:-2], dtype=accumulation_dtype(z.dtype))
         if self.kind == "uniformity":
-            return self.weight * uniformity_loss(z, backend=self.backend)
+            return self.weight * uniformity_loss(z, **self.options)
         if self.kind == "tcr":
-            return self.weight * tcr_loss(z, self.mu, self.center, backend=self.backend)
+            return self.weight * tcr_loss(z, self.mu, self.center, **self.options)
         alpha = 1.0 if self.kind == "von_neumann" else self.alpha
-        h = fast_matrix_entropy(z, alpha, center=self.center, backend=self.backend)
+        h = fast_matrix_entropy(z, alpha, center=self.center, **self.options)
         return -self.weight * h
 
     def extra_repr(self) -> str:

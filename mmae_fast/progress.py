@@ -80,7 +80,11 @@ class Task:
             return
         whole = self.parent or self
         line = f"{self.title} {self.done}/{self.total}: {note}; {whole.time_left()} left"
-        print(line, file=self.board.console.file, flush=True)
+        self.tell(line)
+
+    def tell(self, line: str) -> None:
+        """A line of its own, above the bars."""
+        self.board.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def time_left(self) -> str:
         """Minutes and seconds at the speed so far."""

@@ -73,7 +73,11 @@ def coding_rate(z: Tensor, scale: float, **rows) -> Tensor:
 
     ``rows`` are the keyword arguments of :func:`prepare`.
     """
-    g = gram(z, **rows)
+    return coding_rate_of_gram(gram(z, **rows), scale)
+
+
+def coding_rate_of_gram(g: Tensor, scale: float) -> Tensor:
+    """:func:`coding_rate` of a ready Gram matrix, shape ``(..., k, k)``."""
     eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     return torch.logdet(eye + scale * g)
 

@@ -5,15 +5,29 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmae_fast.config import PretrainConfig, UserError, from_dict, to_dict
+from mmae_fast.manifest import replace_file
 
-# Not part of what a run is: where it lies, on what it runs, and whether it is its first part.
-_PLACE = ("out", "resume", "device")
+# Not part of what a run is: where and on what it runs, how its work is cut, what is kept and shown.
+PLACE = (
+    "out",
+    "resume",
+    "device",
+    "accumulate",
+    "compile",
+    "shard",
+    "keep",
+    "reconstruct_every",
+    "tensorboard",
+    "wandb",
+    "profile",
+)
 
 
 def versions() -> dict[str, Any]:
@@ -57,7 +71,7 @@ def create_run(config: PretrainConfig, data: dict[str, Any]) -> None:
         )
     config.out.mkdir(parents=True, exist_ok=True)
     content = {"config": to_dict(config), "data": data, "versions": versions()}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    replace_file(path, json.dumps(content | {"id": uuid.uuid4().hex}, indent=2) + "\n")
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -79,8 +93,8 @@ def read_config(run: Path) -> PretrainConfig:
 def check_same_run(config: PretrainConfig, data: dict[str, Any]) -> None:
     """Raise UserError, naming the fields, where a resumed run would not be the same run."""
     saved = read_run(config.out)
-    before, now = _flatten(saved["config"]), _flatten(to_dict(config))
-    changed = [key for key in now if before.get(key) != now[key] and key not in _PLACE]
+    before, now = flatten(saved["config"]), flatten(to_dict(config))
+    changed = [key for key in now if before.get(key) != now[key] and key not in PLACE]
     changed += [
         f"data ({key})" for key in ("images", "mean", "std") if saved["data"][key] != data[key]
     ]
@@ -90,11 +104,11 @@ def check_same_run(config: PretrainConfig, data: dict[str, Any]) -> None:
         )
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in values.items():
         flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
 
@@ -108,7 +122,7 @@ class MetricsFile:
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
         kept = [record for record in read_metrics(path) if record["step"] <= start]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept if start))
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept if start))
 
     def write(self, record: dict[str, Any]) -> None:
         with self._path.open("a") as file:

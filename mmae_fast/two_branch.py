@@ -4,6 +4,8 @@ Every function is batched over leading dimensions, differentiable, and computed 
 for float64 input) whatever autocast says. Shapes: z1, z2 ``(..., n, d)``, row i of both the same
 sample; one dtype (float32, bfloat16, float16 or float64) and device. All raise TypeError or
 ValueError for views that do not fit, as :func:`mmae_fast.information.joint_entropy` does.
+``process_group`` and ``grad_scale``: the loss of the rows of all ranks, which are gathered (coding
+rates follow the rule of :mod:`mmae_fast.distributed`), see :func:`mmae_fast.fast_matrix_entropy`.
 
 [1] Barlow Twins, ICML 2021, arXiv:2103.03230.
 [2] Provable Guarantees for Self-Supervised Deep Learning with Spectral Contrastive Loss,
@@ -19,19 +21,40 @@ ValueError for views that do not fit, as :func:`mmae_fast.information.joint_entr
     arXiv:2305.17326.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .distributed import Shards, over_ranks
 from .information import _validate_views, matrix_cross_entropy
-from .ops import _positive, _validate_features, fast_coding_rate, fast_matrix_entropy
+from .ops import (
+    _positive,
+    _validate_features,
+    fast_coding_rate,
+    fast_matrix_entropy,
+    reduced_coding_rate,
+)
 from .reference import accumulation_dtype, prepare
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BATCH_NORM_EPS = 1e-5
 
 
-def barlow_twins_loss(z1: Tensor, z2: Tensor, lambd: float = 0.0051) -> Tensor:
+@over_ranks("z1", "z2")
+def barlow_twins_loss(
+    z1: Tensor,
+    z2: Tensor,
+    lambd: float = 0.0051,
+    *,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
+) -> Tensor:
     """Redundancy reduction ([1], eq. 1).
 
     Equivalent to ::
@@ -63,7 +86,15 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, lambd: float = 0.0051) -> Tensor:
         return (1 - on).square().sum(-1) + lambd * off
 
 
-def spectral_contrastive_loss(z1: Tensor, z2: Tensor, mu: float = 1.0) -> Tensor:
+@over_ranks("z1", "z2")
+def spectral_contrastive_loss(
+    z1: Tensor,
+    z2: Tensor,
+    mu: float = 1.0,
+    *,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
+) -> Tensor:
     """Spectral contrastive loss ([2], as the authors' program computes it).
 
     Equivalent to ::
@@ -95,7 +126,15 @@ def spectral_contrastive_loss(z1: Tensor, z2: Tensor, mu: float = 1.0) -> Tensor
         return (mean - 2 * on.sum(-1) / max(n, 1)) / mu
 
 
-def info_nce_loss(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+@over_ranks("z1", "z2")
+def info_nce_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float = 0.1,
+    *,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
+) -> Tensor:
     """Normalised temperature-scaled cross-entropy over the 2n views (NT-Xent, [3], eq. 1).
 
     Equivalent to ::
@@ -119,18 +158,33 @@ def info_nce_loss(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
         return negative.mean(-1) - positive.mean(-1)
 
 
-def ivne_loss(z: Tensor, *, backend: str = "auto") -> Tensor:
+def ivne_loss(
+    z: Tensor,
+    *,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
     """Negative von Neumann entropy of the autocorrelation of normalised features ([4], I-VNE).
 
     Equivalent to ``-mmae_fast.fast_matrix_entropy(z, 1.0)``, i.e. to ``sum(lam * log(lam))`` over
     the eigenvalues of ``ẐᵀẐ / n``, finite at zero eigenvalues and in its gradient. (With zero rows
     the trace of that matrix is below 1 in [4]; here it is 1.) Arguments and errors: there.
     """
-    return -fast_matrix_entropy(z, 1.0, backend=backend)
+    options = {"process_group": process_group, "grad_scale": grad_scale, "backend": backend}
+    return -fast_matrix_entropy(z, 1.0, **options)
 
 
+@over_ranks("z", rows=("labels",))
 def coding_rate_reduction(
-    z: Tensor, labels: Tensor, eps2: float = 0.5, *, normalize: bool = True, backend: str = "auto"
+    z: Tensor,
+    labels: Tensor,
+    eps2: float = 0.5,
+    *,
+    normalize: bool = True,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
+    backend: str = "auto",
 ) -> Tensor:
     """Coding rate reduction ``R(Z) - Σ_j (n_j / n) R(Z_j)``, to be maximised ([5]).
 
@@ -177,7 +231,28 @@ def coding_rate_reduction(
     return (whole - (counts / n * rates).sum(-1).reshape(batch)) / 2
 
 
-def emp_ssl_tcr(z: Tensor, eps2: float = 0.2, *, backend: str = "auto") -> Tensor:
+def _patch_rate_scale(z, eps2, n) -> float:
+    eps2 = _positive("eps2", eps2)
+    _validate_features("z", z)
+    if z.dim() < 3:
+        raise ValueError(f"z must have shape (..., patches, n, d), got {tuple(z.shape)}")
+    return z.shape[-1] / (max(n, 1) * eps2)
+
+
+def _reduced_emp_ssl_tcr(shards: Shards, z, eps2, backend) -> Tensor:
+    scale = _patch_rate_scale(z, eps2, shards.rows)
+    return reduced_coding_rate(shards, z, scale, backend=backend).mean(-1) / 2
+
+
+@over_ranks("z", reduced=_reduced_emp_ssl_tcr)
+def emp_ssl_tcr(
+    z: Tensor,
+    eps2: float = 0.2,
+    *,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
     """Total coding rate averaged over patches, to be maximised ([6]).
 
     Equivalent to the mean over patches p of
@@ -189,16 +264,20 @@ def emp_ssl_tcr(z: Tensor, eps2: float = 0.2, *, backend: str = "auto") -> Tenso
     Returns: shape ``(...)``, in nats.
     Raises: ValueError for fewer than 3 dimensions, else as :func:`mmae_fast.fast_coding_rate`.
     """
-    eps2 = _positive("eps2", eps2)
-    _validate_features("z", z)
-    if z.dim() < 3:
-        raise ValueError(f"z must have shape (..., patches, n, d), got {tuple(z.shape)}")
-    n, d = z.shape[-2:]
-    return fast_coding_rate(z, d / (max(n, 1) * eps2), backend=backend).mean(-1) / 2
+    scale = _patch_rate_scale(z, eps2, z.shape[-2])
+    return fast_coding_rate(z, scale, backend=backend).mean(-1) / 2
 
 
+@over_ranks("z1", "z2")
 def matrix_uniformity_loss(
-    z1: Tensor, z2: Tensor, lambd: float = 0.5, mu: float = 0.5, order: int | None = 4
+    z1: Tensor,
+    z2: Tensor,
+    lambd: float = 0.5,
+    mu: float = 0.5,
+    order: int | None = 4,
+    *,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
 ) -> Tensor:
     """Matrix uniformity ``tr(-lambd log Q)``, ``Q = mu I + C(Z1, Z2)`` (Matrix-SSL, [7]).
 
@@ -224,8 +303,16 @@ def matrix_uniformity_loss(
         return -lambd * _trace_of_log(None, q, order)
 
 
+@over_ranks("z1", "z2")
 def matrix_alignment_loss(
-    z1: Tensor, z2: Tensor, mu: float = 0.5, order: int | None = 4, *, backend: str = "auto"
+    z1: Tensor,
+    z2: Tensor,
+    mu: float = 0.5,
+    order: int | None = 4,
+    *,
+    process_group: ProcessGroup | None = None,
+    grad_scale: str = "mean",
+    backend: str = "auto",
 ) -> Tensor:
     """Matrix alignment ``tr(-P log Q)`` of the two covariance matrices (Matrix-SSL, [7]).
 

@@ -26,7 +26,8 @@ from mmae_fast.data import ImageData
 from mmae_fast.evaluate import visualize
 from mmae_fast.models import MaskedAutoencoder, TwoBranch, build_model
 from mmae_fast.runs import read_metrics
-from mmae_fast.train import Interrupted, pretrain, view_metrics
+from mmae_fast.train import Interrupted, pretrain
+from mmae_fast.watch import view_metrics
 
 CPU = torch.device("cpu")
 METHODS = ("barlow_twins", "spectral", "simclr")

@@ -1,0 +1,103 @@
+"""Runs the same training in several ways, each in processes of its own that are forked.
+
+    python tests/together.py RUNS
+
+RUNS is JSON: a list of objects, ``ranks`` and what is changed of the configuration. Started as a
+program of its own: the processes are forked before PyTorch has started any thread, and import
+nothing anew.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig
+from mmae_fast.data import ImageData
+from mmae_fast.train import pretrain
+
+CONFIG = PretrainConfig(
+    model=ModelConfig(
+        patch_size=2,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        decoder_embed_dim=8,
+        decoder_depth=1,
+        decoder_num_heads=2,
+    ),
+    loss=LossConfig("m_mae", weight=0.2),
+    epochs=25,
+    warmup_epochs=5,
+    batch_size=16,
+    base_lr=1e-2,
+    clip_grad=1.0,
+    ema=0.95,
+    log_every=1,
+    monitor_every=25,
+    save_every=5,
+    device="cpu",
+)
+
+
+class Silent:
+    def start(self, total, done=0):
+        pass
+
+    def advance(self, units=1):
+        pass
+
+    def say(self, note):
+        pass
+
+
+def images():
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=rng)
+    return ImageData(pixels, None, (), "made up")
+
+
+def run(config, ranks):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            status = 1
+            try:
+                pretrain(config, (images(), None), Silent())
+                status = 0
+            except ValueError as error:
+                print(f"rank {rank}: {error}", flush=True)
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main(runs):
+    for changes in runs:
+        ranks = changes.pop("ranks")
+        if "loss" in changes:
+            changes["loss"] = dataclasses.replace(CONFIG.loss, **changes["loss"])
+        changes["out"] = Path(changes["out"])
+        print(changes["out"].name, *run(dataclasses.replace(CONFIG, **changes), ranks), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
