@@ -103,6 +103,20 @@ def test_nothing_imports_the_drivers():
         assert not inside & set(DRIVERS), f"{name} imports {inside & set(DRIVERS)}"
 
 
+def test_evaluation_knows_no_training():
+    """What is done with a frozen encoder; fine-tuning and comparing runs are above training."""
+    for name in ("published", "probes", "evaluate", "export", "page", "report"):
+        inside, _ = imports(modules()[name])
+        above = {"train", "step", "finetune", "compare", "demo", "cli"}
+        assert not inside & above, f"{name} imports {inside & above}"
+
+
+def test_configurations_need_the_standard_library_only():
+    for name in ("config", "eval_config", "recipes"):
+        inside, outside = imports(modules()[name])
+        assert inside <= {"config"} and outside <= set(sys.stdlib_module_names), name
+
+
 def test_no_import_cycles():
     graph = {name: imports(path)[0] & set(modules()) for name, path in modules().items()}
     done = set()
