@@ -49,7 +49,8 @@ def fast_matrix_entropy(
         center: subtract the mean row, after normalisation, over the rows kept.
         mask: bool, shape ``(..., n)``; rows where it is False (padding) are dropped.
         precision: "highest", "high" or "medium", PyTorch's words for float32 matrix products; a
-            permission that a GPU backend may use. The CPU always computes at full precision.
+            permission that a GPU backend may use: backend "triton" multiplies float32 features as
+            TF32 for either of the last two. The CPU always computes at full precision.
         process_group: not supported yet; must be None.
         backend: "auto", or one of ``dispatch.BACKENDS``.
     Returns:
@@ -211,4 +212,4 @@ def _validate(z, mask, precision, process_group, backend) -> tuple[Tensor, Tenso
         raise NotImplementedError(
             f"process_group is not supported yet, got {process_group!r}; gather z first"
         )
-    return z, mask, dispatch.select_backend(backend, z.device.type)
+    return z, mask, dispatch.select_backend(backend, z.device.type, precision)
