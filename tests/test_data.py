@@ -281,6 +281,11 @@ def test_images_that_do_not_fit_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"mmae data pack .*set DIR --img-size 16 24"):
         load_data(DataConfig(train=str(tmp_path / "set"), img_size=(16, 24)))
+    monkeypatch.setattr(reading, "free_memory", lambda: 6000)  # 4,608 bytes of images
+    load_data(DataConfig(train=str(tmp_path / "set"), img_size=(16, 24)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of which each process decodes its own
+    with pytest.raises(UserError, match="mmae data pack"):
+        load_data(DataConfig(train=str(tmp_path / "set"), img_size=(16, 24)))
 
 
 def test_sources_that_do_not_exist_or_fit(tmp_path):
