@@ -35,6 +35,8 @@ def make_spec(
     """What to make of the images; what is not given is as in the first that can be decoded."""
     if value_range is not None and not value_range[0] < value_range[1]:
         raise UserError(f"the range of values must be low < high, got {value_range}")
+    if in_chans is not None and in_chans < 1:
+        raise UserError(f"in_chans must be positive, got {in_chans}")
     size, channels = img_size, in_chans or source.in_chans
     if isinstance(size, int):
         size = (size, size)
@@ -54,6 +56,8 @@ def _first(source: Source) -> tuple[tuple[int, int], int]:
             if isinstance(sample.data, Undecodable):
                 raise sample.data
             return natural(open_image(sample.data))
+        except UserError as error:
+            raise UserError(f"{sample.name} ({source.origin}) {error}") from error
         except Exception as error:  # decoders raise anything on damaged files
             failed = failed or f"{sample.name}: {reason(error)}"
     raise UserError(f"no image of {source.origin} can be decoded, e.g. {failed}")
@@ -64,7 +68,7 @@ def decode_all(
 ) -> Iterator[tuple[Sample, Decoded | Undecodable]]:
     """Samples in their order from ``start``, decoded in threads, few ahead of the consumer.
 
-    Raises: UserError: an image that needs another setting, named.
+    Raises: UserError: a file that cannot be read, an image that needs another setting; named.
     """
 
     def work(sample: Sample) -> Decoded | Undecodable:
