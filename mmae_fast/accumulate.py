@@ -88,8 +88,6 @@ def accumulate_gradients(
         for buffer, before in buffers:
             buffer.copy_(before)
     end = _rng_state(model, generators)
-    # Autocast keeps its copies of the weights, and those made above have no graph.
-    torch.clear_autocast_cache()
 
     weights = _weights(losses, features)
     total = None

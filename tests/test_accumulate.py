@@ -98,7 +98,7 @@ def test_random_numbers_are_replayed():
 
 @pytest.mark.parametrize("outside", [False, True])
 def test_autocast(outside):
-    """Also around the call, where autocast would hand weights of the first pass to the second."""
+    """Also around the call, where autocast keeps the copies of the weights of the first pass."""
     regularizer = MatrixEntropyRegularizer("von_neumann", 0.5)
 
     def forward(batch):
