@@ -70,7 +70,8 @@ experiment-small: $(VENV)/.installed
 experiment-gpu:
 	CIFAR="$(CIFAR)" $(PYTHON) -m benchmarks.experiment gpu
 
-# One wheel, unchanged, on the oldest supported torch and the newest.
+# One wheel, unchanged, on the oldest supported torch and the newest. (-I: not the extension that lies
+# here, but the wheel's.)
 abi-check: $(VENV)/.installed
 	rm -rf .abi/dist && mkdir -p .abi
 	$(PIP) wheel -q --no-build-isolation --no-deps -w .abi/dist .
@@ -79,8 +80,8 @@ abi-check: $(VENV)/.installed
 	  test -x $$env/bin/python || $(PYTHON) -m venv $$env; \
 	  $$env/bin/python -m pip install -q --disable-pip-version-check "$${torch#*:}" numpy pytest hypothesis && \
 	  $$env/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .abi/dist/*.whl && \
-	  $$env/bin/python -c 'import torch, mmae_fast._C as c; print("torch", torch.__version__, "loads", c.__file__)' && \
-	  $$env/bin/pytest -q $(OP_TESTS) || exit 1; \
+	  $$env/bin/python -I -c 'import torch, mmae_fast._C as c; print("torch", torch.__version__, "loads", c.__file__)' && \
+	  $$env/bin/python -I -m pytest -q $(OP_TESTS) || exit 1; \
 	done
 OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,reference ops accuracy autograd dispatch))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmae_fast.config import METHODS
+from mmae_fast.page import COLOURS, format_cell
 from mmae_fast.plots import Curve, draw_information
-from mmae_fast.report import COLOURS, format_cell
 from mmae_fast.watch import MONITORED
 
 MASKED, TWO_BRANCH = ("mae", "u_mae", "m_mae"), ("barlow_twins", "spectral")

@@ -41,10 +41,9 @@ void check_launch(const char* error, const char* name) {
   STD_TORCH_CHECK(error == nullptr, "mmae_fast::", name, ": ", error ? error : "");
 }
 
-void check_order(const Tensor& z, int64_t k, const char* name) {
-  const int64_t limit = cuda::max_order(dtype_of(z));
-  STD_TORCH_CHECK(k <= limit, "mmae_fast::", name, ": min(n, d) must be at most ", limit,
-                  " for this dtype, got ", k);
+void check_order(int64_t order, int64_t limit, const char* name) {
+  STD_TORCH_CHECK(order <= limit, "mmae_fast::", name, ": the smaller side must be at most ", limit,
+                  " for this quantity, dtype and device, got ", order);
 }
 
 // An empty tensor stands for a weight that nobody wants.
@@ -53,28 +52,55 @@ Tensor new_weight(const Tensor& z, const Features& f, bool wanted) {
   return torch::stable::new_empty(z, {0}, accumulation_type(z));
 }
 
-std::tuple<Tensor, Tensor> coding_rate(const Tensor& z, const std::optional<Tensor>& mask,
-                                       double scale, bool normalize, bool center,
-                                       bool need_weight) {
+// value, and weight if it is wanted, of the coding rate or an entropy of z.
+std::tuple<Tensor, Tensor> measure(const Tensor& z, const std::optional<Tensor>& mask,
+                                   cuda::Measure m, bool normalize, bool center, bool need_weight,
+                                   const char* name) {
   const Features f = describe(z, mask, normalize, center);
-  check_order(z, f.k(), "cuda_coding_rate");
-  Tensor value = empty(z, accumulation_type(z), {}), weight = new_weight(z, f, need_weight);
-  if (f.batch > 0)
-    check_launch(cuda::coding_rate(f, scale, value.mutable_data_ptr(),
-                                   need_weight ? weight.mutable_data_ptr() : nullptr, queue_of(z)),
-                 "cuda_coding_rate");
+  check_order(f.k(), cuda::max_order(f.dtype, m, z.get_device_index()), name);
+  const ScalarType type = accumulation_type(z);
+  Tensor value = empty(z, type, {}), weight = new_weight(z, f, need_weight);
+  if (f.batch == 0) return {value, weight};
+  const bool whole = cuda::needs_scratch(f.dtype, f.k(), m);
+  const int64_t k = whole ? f.k() : 0, n = whole ? f.n : 0, d = whole ? f.d : 0;
+  Tensor g = empty(z, type, {k, k}), scale = empty(z, type, {n}), mean = empty(z, type, {d});
+  Tensor along = empty(z, type, {n}), common = empty(z, type, {whole ? 1 : 0});
+  const cuda::Scratch scratch{g.mutable_data_ptr(), scale.mutable_data_ptr(),
+                              mean.mutable_data_ptr(), along.mutable_data_ptr(),
+                              common.mutable_data_ptr()};
+  check_launch(
+      cuda::measure(f, m, value.mutable_data_ptr(),
+                    need_weight ? weight.mutable_data_ptr() : nullptr, scratch, queue_of(z)),
+      name);
   return {value, weight};
 }
 
-std::tuple<Tensor, Tensor> renyi2(const Tensor& z, const std::optional<Tensor>& mask,
-                                  bool normalize, bool center, bool need_weight) {
-  const Features f = describe(z, mask, normalize, center);
-  check_order(z, f.k(), "cuda_renyi2");
-  Tensor value = empty(z, accumulation_type(z), {}), weight = new_weight(z, f, need_weight);
+std::tuple<Tensor, Tensor> coding_rate(const Tensor& z, const std::optional<Tensor>& mask,
+                                       double scale, bool normalize, bool center,
+                                       bool need_weight) {
+  return measure(z, mask, {true, scale, 0}, normalize, center, need_weight, "cuda_coding_rate");
+}
+
+std::tuple<Tensor, Tensor> entropy(const Tensor& z, const std::optional<Tensor>& mask, double alpha,
+                                   bool normalize, bool center, bool need_weight) {
+  return measure(z, mask, {false, 0, alpha}, normalize, center, need_weight, "cuda_entropy");
+}
+
+std::tuple<Tensor, Tensor> gram_entropy(const Tensor& g, double alpha, bool need_weight) {
+  const int64_t dims = g.dim();
+  STD_TORCH_CHECK(dims >= 2 && g.is_contiguous() && g.size(dims - 1) == g.size(dims - 2) &&
+                      g.scalar_type() == accumulation_type(g),
+                  "mmae_fast::cuda_gram_entropy: g must be contiguous, (..., k, k), float32 or "
+                  "float64");
+  const Features f = describe(g, std::nullopt, false, false);
+  const cuda::Measure m{false, 0, alpha};
+  check_order(f.n, cuda::max_order(f.dtype, m, g.get_device_index()), "cuda_gram_entropy");
+  Tensor value = empty(g, g.scalar_type(), {}), weight = new_weight(g, f, need_weight);
   if (f.batch > 0)
-    check_launch(cuda::renyi2(f, value.mutable_data_ptr(),
-                              need_weight ? weight.mutable_data_ptr() : nullptr, queue_of(z)),
-                 "cuda_renyi2");
+    check_launch(cuda::gram_entropy(f.dtype, f.batch, f.n, g.const_data_ptr(), alpha,
+                                    value.mutable_data_ptr(),
+                                    need_weight ? weight.mutable_data_ptr() : nullptr, queue_of(g)),
+                 "cuda_gram_entropy");
   return {value, weight};
 }
 
@@ -95,7 +121,7 @@ Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tenso
                   const Tensor& weight, bool normalize, bool center) {
   const Features f = describe(z, mask, normalize, center);
   const ScalarType type = accumulation_type(z);
-  if (!f.samples()) check_order(z, f.d, "cuda_weight_bwd");
+  if (!f.samples()) check_order(f.d, cuda::max_columns(), "cuda_weight_bwd");
   STD_TORCH_CHECK(
       weight.is_contiguous() && weight.numel() == f.batch * f.k() * f.k() &&
           weight.scalar_type() == type && weight.get_device_index() == z.get_device_index(),
@@ -116,8 +142,9 @@ Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tenso
   return grad_z;
 }
 
-int64_t max_order(bool is_double) {
-  return cuda::max_order(is_double ? DType::kFloat64 : DType::kFloat32);
+int64_t max_order(bool is_rate, double alpha, bool is_double, int64_t device) {
+  const DType dtype = is_double ? DType::kFloat64 : DType::kFloat32;
+  return cuda::max_order(dtype, {is_rate, 0, alpha}, int(device));
 }
 
 }  // namespace
@@ -127,20 +154,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
       "cuda_coding_rate(Tensor z, Tensor? mask, float scale, bool normalize, bool center, "
       "bool need_weight) -> (Tensor value, Tensor weight)");
   m.def(
-      "cuda_renyi2(Tensor z, Tensor? mask, bool normalize, bool center, bool need_weight) -> "
-      "(Tensor value, Tensor weight)");
+      "cuda_entropy(Tensor z, Tensor? mask, float alpha, bool normalize, bool center, "
+      "bool need_weight) -> (Tensor value, Tensor weight)");
+  m.def(
+      "cuda_gram_entropy(Tensor g, float alpha, bool need_weight) -> (Tensor value, Tensor "
+      "weight)");
   m.def(
       "cuda_gram(Tensor z, Tensor? mask, bool samples, bool normalize, bool center) -> "
       "(Tensor gram, Tensor scale, Tensor mean)");
   m.def(
       "cuda_weight_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor weight, bool normalize, "
       "bool center) -> Tensor");
-  m.def("cuda_max_order(bool is_double) -> int");
+  m.def("cuda_max_order(bool is_rate, float alpha, bool is_double, int device) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CUDA, m) {
   m.impl("cuda_coding_rate", TORCH_BOX(&coding_rate));
-  m.impl("cuda_renyi2", TORCH_BOX(&renyi2));
+  m.impl("cuda_entropy", TORCH_BOX(&entropy));
+  m.impl("cuda_gram_entropy", TORCH_BOX(&gram_entropy));
   m.impl("cuda_gram", TORCH_BOX(&gram));
   m.impl("cuda_weight_bwd", TORCH_BOX(&weight_bwd));
 }

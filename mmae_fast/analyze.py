@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mmae_fast.config import AnalyzeConfig, UserError
+from mmae_fast.config import UserError
+from mmae_fast.eval_config import AnalyzeConfig
 from mmae_fast.layers import FEATURE_FILES, Layer, look_at, read_features
 from mmae_fast.measures import ORDERS, shared_information, spectral_measures
 from mmae_fast.runs import read_metrics

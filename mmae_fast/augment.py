@@ -19,6 +19,9 @@ from mmae_fast.config import METHODS, PretrainConfig
 # What a key of ``generator`` draws: streams that must not share their numbers.
 ORDER, AUGMENTATION, MASK, VIEWS, GLOBAL = range(5)
 
+# A batch of large images is read by several threads, since a disk answers several at once.
+COLLECTORS, PART_BYTES = 8, 2 << 20
+
 # RGB to luminance and two axes of chroma (NTSC's YIQ), where a hue is an angle.
 YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 JITTERED = 0.8  # share of the images whose colours are jittered, as in SimCLR
@@ -27,15 +30,18 @@ JITTERED = 0.8  # share of the images whose colours are jittered, as in SimCLR
 class Batches:
     """What a model is given at a step: ``model(*batches(step))``.
 
-    Images and the noise of their masks for a masked autoencoder, two views for two branches. A
-    thread collects the images of the next step meanwhile, from memory or from a mapped file.
+    Images and the noise of their masks for a masked autoencoder, two views for two branches.
+    Threads collect the images of the next step meanwhile, from memory or from a mapped file.
 
     With ``world`` processes each has its part of every batch, the ``rank``-th of equal, consecutive
-    parts: together they have, bit for bit, what a single process would have.
+    parts: together they have what a single process would have, bit for bit on a CPU (on a GPU, whose
+    libraries may sum in another order for another batch size, up to rounding).
 
     Args:
-        images: all of them, uint8, shape ``(N, C, H, W)``.
+        images: all of them, uint8, shape ``(N, C, H, W)``; copied if not contiguous.
         mean, std: of each channel, shape ``(C,)``, on the device to train on.
+        config: what to do; its ``batch_size`` is that of all processes together.
+        rank, world: which part of how many.
         size: height and width of the crops. Default: those of the images.
     Attributes:
         wait_seconds: time that calls have taken so far, while the training loop stood still. On a
@@ -55,7 +61,7 @@ class Batches:
     ) -> None:
         if config.batch_size % world:
             raise ValueError(f"batch_size {config.batch_size} is not a multiple of {world} parts")
-        self.images, self.mean, self.std, self.config = images, mean, std, config
+        self.images, self.mean, self.std, self.config = images.contiguous(), mean, std, config
         self.shard = rank, world
         self.size = tuple(size or images.shape[2:])
         self.two_branch = METHODS[config.loss.method][0] is None
@@ -64,8 +70,8 @@ class Batches:
         self.wait_seconds = 0.0
         self._measured_from: tuple[float, float] | None = None
         self._epoch, self._order = -1, torch.empty(0)
-        self._thread = ThreadPoolExecutor(1, "batches")
-        self._next: tuple[int, Future[Tensor]] | None = None
+        self._threads = ThreadPoolExecutor(COLLECTORS, "batches")
+        self._next: tuple[int, Tensor, list[Future]] | None = None
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Normalised, augmented images ``(B, C, H, W)`` and uniform noise ``(B, patches)``; or two
@@ -99,10 +105,22 @@ class Batches:
         if self.images.is_cuda:
             return self.images[self._chosen(step).to(self.images.device)]
         if self._next is None or self._next[0] != step:
-            self._next = step, self._thread.submit(self._collect, self._chosen(step))
-        images = self._next[1].result()
-        self._next = step + 1, self._thread.submit(self._collect, self._chosen(step + 1))
+            self._start_collecting(step)
+        _, images, parts = self._next
+        for part in parts:
+            part.result()
+        self._start_collecting(step + 1)
         return images
+
+    def _start_collecting(self, step: int) -> None:
+        chosen = self._chosen(step)
+        # Pinned, so that the copy to the GPU runs beside the step; here and not in the threads,
+        # whose current GPU is another.
+        shape, pinned = (len(chosen), *self.images.shape[1:]), self.mean.is_cuda
+        out = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        parts = min(COLLECTORS, 1 + out.numel() // PART_BYTES)
+        pairs = zip(chosen.chunk(parts), out.chunk(parts), strict=True)
+        self._next = step, out, [self._threads.submit(self._collect, *pair) for pair in pairs]
 
     def _chosen(self, step: int) -> Tensor:
         """Indices of this process's images of a step."""
@@ -114,15 +132,10 @@ class Batches:
         part = self.config.batch_size // world
         return self._order[position * self.config.batch_size + rank * part :][:part]
 
-    def _collect(self, chosen: Tensor) -> Tensor:
-        pinned = self.mean.is_cuda  # so that the copy to the GPU runs beside the step
-        out = torch.empty(
-            (len(chosen), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pinned
-        )
-        # NumPy's copy stays in this thread; torch's would start a second set of threads here.
+    def _collect(self, chosen: Tensor, out: Tensor) -> None:
+        # By NumPy, whose copy stays in this thread; torch's would start more threads from it.
         # "clip" because "raise" copies once more; the indices are a permutation's.
         np.take(self.images.numpy(), chosen.numpy(), axis=0, out=out.numpy(), mode="clip")
-        return out
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""Command line: ``mmae pretrain | probe | knn | analyze | visualize | data | demo | doctor``.
+"""Command line: ``mmae COMMAND``, see ``COMMANDS`` below.
 
 A command imports what it needs when it runs, so that ``mmae --help`` answers at once.
 """
@@ -16,13 +16,21 @@ from typing import Any
 
 from mmae_fast.config import (
     METHODS,
-    AnalyzeConfig,
     DemoConfig,
-    EvalConfig,
     PackConfig,
     PackedConfig,
     PretrainConfig,
     UserError,
+    from_dict,
+)
+from mmae_fast.eval_config import (
+    FINETUNE_RECIPES,
+    AnalyzeConfig,
+    EvalConfig,
+    ExportConfig,
+    FinetuneConfig,
+    ProbeConfig,
+    ReportConfig,
     VisualizeConfig,
 )
 from mmae_fast.recipes import RECIPES
@@ -68,18 +76,27 @@ def parse(config: type, command: str, arguments: list[str], **kwargs: Any) -> An
     return tyro.cli(config, prog=f"mmae {command}", args=arguments, config=markers, **kwargs)
 
 
+def _split_recipe(
+    command: str, arguments: list[str], recipes: dict[str, Any]
+) -> tuple[str, list[str]]:
+    """The recipe that ``--recipe`` names, and the other arguments."""
+    first = argparse.ArgumentParser(f"mmae {command}", add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", choices=recipes, default=DEFAULT_RECIPE)
+    named, arguments = first.parse_known_args(arguments)
+    return named.recipe, arguments
+
+
+def _describe_recipes(effect: str, recipe: str, recipes: dict[str, Any]) -> str:
+    listed = "\n".join(f"  {name}: {text}" for name, (text, _) in recipes.items())
+    return f"{effect} --recipe NAME sets the defaults below (now: {recipe}).\n\n{listed}"
+
+
 def pretrain(arguments: list[str]) -> None:
     # The option that everyone needs has a short name.
     arguments = [re.sub(r"^--method(?==|$)", "--loss.method", given) for given in arguments]
-    first = argparse.ArgumentParser("mmae pretrain", add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=RECIPES, default=DEFAULT_RECIPE)
-    named, arguments = first.parse_known_args(arguments)
-    recipe = named.recipe
-    listed = "\n".join(f"  {name}: {effect}" for name, (effect, _) in RECIPES.items())
-    description = (
-        f"Train an encoder: --method {' | '.join(METHODS)}. --recipe NAME sets the defaults below "
-        f"(now: {recipe}).\n\n{listed}"
-    )
+    recipe, arguments = _split_recipe("pretrain", arguments, RECIPES)
+    effect = f"Train an encoder: --method {' | '.join(METHODS)}."
+    description = _describe_recipes(effect, recipe, RECIPES)
     config = parse(
         PretrainConfig, "pretrain", arguments, default=RECIPES[recipe][1], description=description
     )
@@ -98,29 +115,70 @@ def pretrain(arguments: list[str]) -> None:
 
 
 def probe(arguments: list[str]) -> None:
-    config = parse(EvalConfig, "probe", arguments, description="Linear probe of a frozen encoder.")
+    config = parse(ProbeConfig, "probe", arguments)
 
-    from mmae_fast.evaluate import linear_probe, run_features
+    from mmae_fast.evaluate import probe as run
 
-    _print_score("linear_probe", config, *linear_probe(run_features(config)))
+    _print_score(f"linear_probe_{config.protocol}", config, *run(config))
 
 
 def knn(arguments: list[str]) -> None:
     config = parse(EvalConfig, "knn", arguments, description="kNN accuracy of a frozen encoder.")
 
-    from mmae_fast.evaluate import knn as run
-    from mmae_fast.evaluate import run_features
+    from mmae_fast.evaluate import nearest_neighbours as run
 
-    _print_score("knn", config, *run(run_features(config)))
+    _print_score("knn", config, *run(config))
 
 
 def _print_score(name: str, config: EvalConfig, accuracy: float, protocol: str) -> None:
     features = "class token" if config.pool == "cls" else "mean of the patch tokens"
     print(f"{accuracy:.2%}  ({protocol}; features: {features} of unmasked images)")
-    if config.checkpoint.is_dir():
+    # Kept with the run only where it says something of the run: on its own images, all of them.
+    own = config.train is config.test is config.img_size is config.max_train is None
+    if own and (config.checkpoint / "config.json").exists():
         path = config.checkpoint / f"{name}_{config.pool}.json"
         content = {"accuracy": accuracy, "protocol": protocol, "features": features}
         path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def finetune(arguments: list[str]) -> None:
+    import tyro
+
+    recipe, arguments = _split_recipe("finetune", arguments, FINETUNE_RECIPES)
+    default = dataclasses.replace(FINETUNE_RECIPES[recipe][1], checkpoint=tyro.MISSING)
+    description = _describe_recipes(
+        "Train an encoder and a classifier on labelled images.", recipe, FINETUNE_RECIPES
+    )
+    config = parse(FinetuneConfig, "finetune", arguments, default=default, description=description)
+    if config.resume:
+        from mmae_fast.runs import read_run
+
+        # Parsed again over what was saved: an option given now that differs is refused later on.
+        saved = from_dict(FinetuneConfig, read_run(config.out)["config"])
+        kept = {"checkpoint": tyro.MISSING, "out": config.out, "device": config.device}
+        default = dataclasses.replace(saved, **kept)
+        config = parse(FinetuneConfig, "finetune", arguments, default=default)
+
+    from mmae_fast.finetune import finetune as run
+
+    accuracy, protocol = run(config)
+    print(f"{accuracy:.2%}  ({protocol})\nClassifier: {config.out}")
+
+
+def export(arguments: list[str]) -> None:
+    config = parse(ExportConfig, "export", arguments)
+
+    from mmae_fast.export import export as run
+
+    print(run(config))
+
+
+def report(arguments: list[str]) -> None:
+    config = parse(ReportConfig, "report", arguments)
+
+    from mmae_fast.compare import compare_runs
+
+    print(f"Report: {compare_runs(config)}")
 
 
 def analyze(arguments: list[str]) -> None:
@@ -151,7 +209,10 @@ def data(arguments: list[str]) -> None:
     from mmae_fast.data import packed
 
     if action == "pack":
-        out = packed.write_pack(config)
+        try:
+            out = packed.write_pack(config)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
         print(f"{packed.describe_pack(out)}\nPack: {out}")
     elif action == "info":
         print(packed.describe_pack(config.pack))
@@ -181,6 +242,9 @@ COMMANDS = {
     "pretrain": (pretrain, "train an encoder: MAE, U-MAE, M-MAE, Barlow Twins, spectral, SimCLR"),
     "probe": (probe, "linear probe of a pretrained encoder"),
     "knn": (knn, "nearest-neighbour accuracy of a pretrained encoder"),
+    "finetune": (finetune, "train encoder and classifier on labelled images"),
+    "export": (export, "write the weights for timm or Hugging Face"),
+    "report": (report, "compare runs on one page"),
     "analyze": (analyze, "entropies of a model layer by layer, or of trainings over time"),
     "visualize": (visualize, "draw masked and reconstructed images"),
     "data": (data, "pack images once into a memory-mapped file; describe or verify a pack"),

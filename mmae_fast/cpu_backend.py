@@ -17,6 +17,7 @@ from . import _C, torch_backend  # noqa: F401 - importing _C registers the opera
 from .torch_backend import (  # noqa: F401 - the backend's own
     GramParts,
     gram_coding_rate_fwd,
+    gram_rational_entropy_fwd,
     matrix_log_bwd,
     matrix_log_fwd,
 )
@@ -43,6 +44,11 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
         return _ops.cpu_entropy(z, mask, alpha, normalize, center, need_weight)
     arguments = (z, mask, alpha, normalize, center, need_weight)
     return torch_backend.matrix_entropy_fwd(*arguments, gram, spectral_matrix)
+
+
+def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
+    arguments = (z, mask, alpha, normalize, center, need_weight)
+    return torch_backend.rational_entropy_fwd(*arguments, gram)
 
 
 def gram_entropy_fwd(g, alpha, need_weight):

@@ -23,9 +23,10 @@ from . import torch_backend
 from .torch_backend import (  # noqa: F401 - the backend's own
     GramParts,
     gram_coding_rate_fwd,
-    gram_entropy_fwd,
+    gram_rational_entropy_fwd,
     matrix_log_bwd,
     matrix_log_fwd,
+    rational_entropy_fwd,
 )
 
 try:
@@ -40,9 +41,13 @@ except (ImportError, OSError) as error:
 _ops = torch.ops.mmae_fast
 
 
-def compiled(z, order: int) -> bool:
-    """Whether the compiled kernels take matrices of this order in z's dtype."""
-    return order <= _ops.cuda_max_order(z.dtype == torch.float64)
+def compiled(z, order: int, alpha: float = 2.0, is_rate: bool = False) -> bool:
+    """Whether the compiled kernels take this quantity of matrices of this order, on z's device.
+
+    Products of features have the limit of alpha = 2.
+    """
+    limit = _ops.cuda_max_order(is_rate, alpha, z.dtype == torch.float64, z.get_device())
+    return order <= limit
 
 
 def gram(z, mask, samples, normalize, center) -> GramParts:
@@ -52,15 +57,21 @@ def gram(z, mask, samples, normalize, center) -> GramParts:
 
 
 def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
-    if compiled(z, min(z.shape[-2:])):
+    if compiled(z, min(z.shape[-2:]), is_rate=True):
         return _ops.cuda_coding_rate(z, mask, scale, normalize, center, need_weight)
     return torch_backend.coding_rate_fwd(z, mask, scale, normalize, center, need_weight)
 
 
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
-    if alpha == 2 and compiled(z, min(z.shape[-2:])):
-        return _ops.cuda_renyi2(z, mask, normalize, center, need_weight)
+    if compiled(z, min(z.shape[-2:]), alpha):
+        return _ops.cuda_entropy(z, mask, alpha, normalize, center, need_weight)
     return torch_backend.matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram)
+
+
+def gram_entropy_fwd(g, alpha, need_weight):
+    if compiled(g, g.shape[-1], alpha):
+        return _ops.cuda_gram_entropy(g.contiguous(), alpha, need_weight)
+    return torch_backend.gram_entropy_fwd(g, alpha, need_weight)
 
 
 def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):

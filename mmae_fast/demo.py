@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from mmae_fast.checkpoint import latest_checkpoint, load_model, pick_device
+from mmae_fast.compare import medians
 from mmae_fast.config import (
     METHODS,
     DataConfig,
@@ -24,20 +23,13 @@ from mmae_fast.config import (
     UserError,
 )
 from mmae_fast.data import ImageData, load_demo_data
-from mmae_fast.evaluate import (
-    Features,
-    channel_tensors,
-    extract,
-    knn,
-    linear_probe,
-    raw_pixels,
-    reconstructions,
-)
-from mmae_fast.measures import spectrum
+from mmae_fast.evaluate import channel_tensors, classify, extract, raw_pixels, reconstructions
+from mmae_fast.page import columns_of, format_cell, summarise
+from mmae_fast.probes import Features
 from mmae_fast.progress import Board, Task
 from mmae_fast.recipes import TINY
-from mmae_fast.report import COLUMNS, format_cell, save_reconstructions, summarise, write_report
-from mmae_fast.runs import read_metrics, versions
+from mmae_fast.report import save_reconstructions, write_report
+from mmae_fast.runs import versions
 from mmae_fast.train import pretrain
 from mmae_fast.watch import HELD_OUT
 
@@ -159,11 +151,7 @@ def run_one(
     task.say("extracting features")
     result = {"method": config.loss.method, "seed": config.seed, "run": run.name}
     result |= probe(run, data, config.device)
-    records = read_metrics(run / "metrics.jsonl")
-    for key in ("images_per_second", "regularizer_share", "monitor_share"):
-        values = [record[key] for record in records if key in record]
-        if values:
-            result[key] = statistics.median(values)
+    result |= medians(run)
     if not begun:  # else it is the time of a part
         result["seconds"] = time.perf_counter() - started
     done.write_text(json.dumps(result, indent=2) + "\n")
@@ -184,20 +172,6 @@ def probe(run: Path, data: tuple[ImageData, ImageData], device: str) -> dict[str
         test.labels.to(mean.device),
     )
     return classify(features)
-
-
-def classify(features: Features) -> dict[str, Any]:
-    """Accuracies of both classifiers; spectrum and effective rank of the test features."""
-    accuracy, probe_protocol = linear_probe(features)
-    neighbours, knn_protocol = knn(features)
-    values = spectrum(features.test)
-    return {
-        "linear_probe": accuracy,
-        "knn": neighbours,
-        "effective_rank": torch.special.entr(values).sum().exp().item(),
-        "spectrum": values.tolist(),
-        "protocol": f"{probe_protocol}. {knn_protocol}",
-    }
 
 
 def draw_reconstructions(config: DemoConfig, results: list[dict], test: ImageData) -> None:
@@ -273,18 +247,19 @@ def describe_demo(
 
 def results_table(demo: dict[str, Any]) -> Table:
     """The final table, for the terminal."""
+    columns = columns_of(demo["results"])
     table = Table(title=f"Frozen features, {demo['seeds']} seed{'s' if demo['seeds'] > 1 else ''}")
     table.add_column("method")
-    for _, heading, *_ in COLUMNS:
+    for _, heading, *_ in columns:
         table.add_column(heading, justify="right")
     for method, row in summarise(demo["results"]).items():
         table.add_row(
-            METHODS[method][1], *(format_cell(form, row[key]) for key, _, form, _ in COLUMNS)
+            METHODS[method][1], *(format_cell(form, row[key]) for key, _, form, _ in columns)
         )
     raw = {key: (demo["raw_pixels"][key], 0.0) for key in ("linear_probe", "knn", "effective_rank")}
     table.add_row(
         "raw pixels",
-        *(format_cell(form, raw[key]) if key in raw else "–" for key, _, form, _ in COLUMNS),
+        *(format_cell(form, raw.get(key)) for key, _, form, _ in columns),
         style="dim",
     )
     return table

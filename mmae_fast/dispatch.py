@@ -1,9 +1,9 @@
 """Which backend serves a call: one readable ladder, which can say why it refused a step.
 
 A backend is a module with the functions ``gram``, ``gram_bwd``, ``matrix_entropy_fwd``,
-``coding_rate_fwd``, ``weight_bwd``, ``joint_entropy_fwd``, ``samples_bwd``, ``gram_entropy_fwd``,
-``gram_coding_rate_fwd``, ``matrix_log_fwd`` and ``matrix_log_bwd`` (torch_backend.py documents
-them).
+``rational_entropy_fwd``, ``coding_rate_fwd``, ``weight_bwd``, ``joint_entropy_fwd``,
+``samples_bwd``, ``gram_entropy_fwd``, ``gram_rational_entropy_fwd``, ``gram_coding_rate_fwd``,
+``matrix_log_fwd`` and ``matrix_log_bwd`` (torch_backend.py documents them).
 """
 
 import functools

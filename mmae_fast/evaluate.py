@@ -1,4 +1,4 @@
-"""What frozen features are worth: linear probe, nearest neighbours, reconstructions."""
+"""A trained model and the images to evaluate it on: features, probes, reconstructions."""
 
 from __future__ import annotations
 
@@ -8,38 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmae_fast.augment import MASK, generator, normalise
-from mmae_fast.checkpoint import load_model, pick_device
-from mmae_fast.config import DataConfig, EvalConfig, UserError, VisualizeConfig, from_dict
+from mmae_fast.augment import MASK, augment, generator, normalise
+from mmae_fast.checkpoint import pick_device
+from mmae_fast.config import DataConfig, UserError, from_dict
 from mmae_fast.data import ImageData, load_data
-from mmae_fast.models import MaskedAutoencoder, TwoBranch
+from mmae_fast.data.builtin import BUILT_IN
+from mmae_fast.eval_config import EvalConfig, FinetuneConfig, ProbeConfig, VisualizeConfig
+from mmae_fast.measures import spectrum
+from mmae_fast.models import MaskedAutoencoder, TwoBranch, VisionTransformer
+from mmae_fast.probes import Features, knn, lars_probe, lbfgs_probe
+from mmae_fast.published import Model, check_norm_pix, open_model
 
-PROBE_PROTOCOL = (
-    "Linear probe: multinomial logistic regression on frozen features standardised by the training "
-    "set (a BatchNorm without affine), L2 {l2:g}, full-batch L-BFGS of {steps} iterations, "
-    "no augmentation"
-)
-KNN_PROTOCOL = (
-    "kNN: cosine similarity, k = {k}, votes weighted by exp(similarity / {temperature:g})"
-)
-
-
-@dataclass(frozen=True)
-class Features:
-    """Frozen features and labels of two image sets."""
-
-    train: Tensor  # (N, D), float32
-    train_labels: Tensor  # (N,)
-    test: Tensor  # (M, D)
-    test_labels: Tensor  # (M,)
+MIN_CROP = 0.08  # torchvision's default, which the published linear probe and fine-tuning use
 
 
 @torch.no_grad()
 def extract(
-    model: MaskedAutoencoder | TwoBranch,
+    model: Model,
     images: Tensor,
     mean: Tensor,
     std: Tensor,
@@ -51,51 +38,6 @@ def extract(
     return torch.cat(
         [model.forward_features(normalise(b.to(mean.device), mean, std), pool) for b in batches]
     ).float()
-
-
-def linear_probe(features: Features, l2: float = 1e-4, steps: int = 100) -> tuple[float, str]:
-    """Accuracy in [0, 1] of a linear classifier on frozen features, and the protocol in words.
-
-    Deterministic, and converged rather than stopped at a number of epochs: the features of a small
-    set fit in memory, where a quasi-Newton method needs neither learning rate nor schedule.
-    """
-    mean, std = features.train.mean(0), features.train.std(0)
-    scale = torch.where(std > 1e-6, 1 / std, 0.0)  # a constant feature says nothing
-    train, test = (features.train - mean) * scale, (features.test - mean) * scale
-    labels = features.train_labels
-    classes = int(max(labels.max(), features.test_labels.max())) + 1
-    weight = torch.zeros(classes, train.shape[1], device=train.device, requires_grad=True)
-    bias = torch.zeros(classes, device=train.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=steps, history_size=20, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(train @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        predicted = (test @ weight.T + bias).argmax(dim=1)
-    accuracy = (predicted == features.test_labels).float().mean().item()
-    return accuracy, PROBE_PROTOCOL.format(l2=l2, steps=steps)
-
-
-@torch.no_grad()
-def knn(features: Features, k: int = 20, temperature: float = 0.07) -> tuple[float, str]:
-    """Accuracy in [0, 1] of weighted nearest neighbours by cosine, and the protocol in words."""
-    k = min(k, len(features.train))
-    train, test = F.normalize(features.train, dim=1), F.normalize(features.test, dim=1)
-    classes = int(max(features.train_labels.max(), features.test_labels.max())) + 1
-    correct = 0
-    for queries, labels in zip(test.split(1000), features.test_labels.split(1000), strict=True):
-        similarity, index = (queries @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(queries), classes, device=train.device)
-        votes.scatter_add_(1, features.train_labels[index], (similarity / temperature).exp())
-        correct += (votes.argmax(dim=1) == labels).sum().item()
-    return correct / len(test), KNN_PROTOCOL.format(k=k, temperature=temperature)
 
 
 def raw_pixels(train: ImageData, test: ImageData, max_train: int | None = None) -> Features:
@@ -141,7 +83,7 @@ def reconstructions(
 class OpenRun:
     """A trained model and the images to evaluate it on."""
 
-    model: MaskedAutoencoder | TwoBranch
+    model: Model
     meta: dict[str, Any]
     mean: Tensor  # of each channel of the images that it was trained on
     std: Tensor
@@ -149,36 +91,50 @@ class OpenRun:
     test: ImageData | None
 
 
-def open_run(config: EvalConfig | VisualizeConfig) -> OpenRun:
-    """Load the model of a checkpoint and the images that the configuration asks for."""
+def open_run(config: EvalConfig | FinetuneConfig | VisualizeConfig) -> OpenRun:
+    """Load the model of a checkpoint and the images that the configuration asks for.
+
+    For images of another size than the model was trained on its positions are resampled.
+
+    Raises: UserError: what is missing or does not fit, with the values received.
+    """
     device = pick_device(config.device)
-    model, meta = load_model(config.checkpoint, device)
+    model, meta = open_model(config.checkpoint, device, config.published)
     data = from_dict(DataConfig, meta["config"]["data"])
     if config.train is not None:
-        data = dataclasses.replace(data, train=config.train, test=None)
+        size = None if config.train in BUILT_IN else tuple(meta["data"]["img_size"])
+        data = dataclasses.replace(data, train=config.train, test=None, img_size=size)
+    elif "published" in meta:
+        raise UserError(f"say which images {config.checkpoint} is to be run on: --train")
     changes = {"test": config.test, "img_size": config.img_size}
     data = dataclasses.replace(data, **{k: v for k, v in changes.items() if v is not None})
     train, test = load_data(data)
-    expected = (meta["data"]["in_chans"], *meta["data"]["img_size"])
-    if tuple(train.images.shape[1:]) != expected:
+    if train.in_chans != meta["data"]["in_chans"]:
         raise UserError(
-            f"the model was trained on images of shape {expected}, "
-            f"those of {train.origin} have {tuple(train.images.shape[1:])}"
+            f"the model takes images of {meta['data']['in_chans']} channels, those of "
+            f"{train.origin} have {train.in_chans}"
         )
+    encoder = model.backbone if isinstance(model, TwoBranch) else model
+    if train.img_size != tuple(meta["data"]["img_size"]) and isinstance(encoder, VisionTransformer):
+        try:
+            encoder.resize(train.img_size)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     return OpenRun(model, meta, *channel_tensors(meta, device), train, test)
 
 
-def run_features(config: EvalConfig) -> Features:
-    """Features of the images that an evaluation asks for.
-
-    Raises: UserError: images without labels, or without a test part.
-    """
-    run = open_run(config)
+def check_labels(run: OpenRun) -> None:
+    """Raise UserError for images without labels, or without a test part."""
     if run.test is None:
         raise UserError(f"no test images beside {run.train.origin}; name them with --test")
     for part in (run.train, run.test):
         if part.labels is None:
             raise UserError(f"{part.origin} has no labels: there are no class subfolders in it")
+
+
+def run_features(config: EvalConfig, run: OpenRun) -> Features:
+    """Features of the images that an evaluation asks for. Raises: as ``check_labels``."""
+    check_labels(run)
     limit, device = slice(config.max_train), run.mean.device
     return Features(
         extract(run.model, run.train.images[limit], run.mean, run.std, config.pool),
@@ -188,15 +144,58 @@ def run_features(config: EvalConfig) -> Features:
     )
 
 
+def probe(config: ProbeConfig) -> tuple[float, str]:
+    """Linear probe of a checkpoint: accuracy in [0, 1] and the protocol in words."""
+    run = open_run(config)
+    features = run_features(config, run)
+    if config.protocol == "lbfgs":
+        return lbfgs_probe(features)
+    pretraining = run.meta["config"]
+    base_lr = config.base_lr
+    if base_lr is None:
+        base_lr = 0.05 if pretraining["loss"]["method"] == "m_mae" else 0.1
+
+    @torch.no_grad()
+    def view(chosen: Tensor, rng: torch.Generator) -> Tensor:
+        images = run.train.crop_source[chosen].to(run.mean.device)
+        images = normalise(images, run.mean, run.std)
+        images = augment(images, rng, MIN_CROP, pretraining["hflip"], run.train.img_size)
+        parts = images.split(500)
+        return torch.cat([run.model.forward_features(part, config.pool) for part in parts]).float()
+
+    return lars_probe(features, config, base_lr, view if config.augment else None)
+
+
+def classify(features: Features) -> dict[str, Any]:
+    """Accuracies of both quick classifiers; spectrum and effective rank of the test features."""
+    accuracy, probe_protocol = lbfgs_probe(features)
+    neighbours, knn_protocol = knn(features)
+    values = spectrum(features.test)
+    return {
+        "linear_probe": accuracy,
+        "knn": neighbours,
+        "effective_rank": torch.special.entr(values).sum().exp().item(),
+        "spectrum": values.tolist(),
+        "protocol": f"{probe_protocol}. {knn_protocol}",
+    }
+
+
+def nearest_neighbours(config: EvalConfig) -> tuple[float, str]:
+    """kNN of a checkpoint: accuracy in [0, 1] and the protocol in words."""
+    return knn(run_features(config, open_run(config)))
+
+
 def visualize(config: VisualizeConfig) -> Path:
     """Write originals, masked images and reconstructions of test images as one PNG."""
     from mmae_fast.report import save_reconstructions
 
     run = open_run(config)
     if not isinstance(run.model, MaskedAutoencoder):
-        raise UserError(f"{config.checkpoint} holds no masked autoencoder: nothing to reconstruct")
+        raise UserError(f"{config.checkpoint} holds no masked autoencoder with its decoder")
+    check_norm_pix(run.meta, config.checkpoint)
     images = (run.test or run.train).images[: config.count]
     original, masked, restored = reconstructions(run.model, images, run.mean, run.std, config.seed)
-    rows = {f"reconstructed\n(step {run.meta['step']:,})": restored}
+    step = run.meta["step"]
+    rows = {"reconstructed" + ("" if step is None else f"\n(step {step:,})"): restored}
     save_reconstructions(config.out, original, masked, rows, run.model.mask_ratio)
     return config.out

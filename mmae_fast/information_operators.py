@@ -1,11 +1,12 @@
 """Operators of two views and of ready symmetric matrices, in the pattern of operators.py.
 
-| operator             | computes                                    | second derivative           |
-|----------------------|---------------------------------------------|-----------------------------|
-| joint_entropy_fwd    | H_alpha of K1 ⊙ K2, a weight for each view  | alpha = 2 joint_entropy_bwd |
-| gram_entropy_fwd     | H_alpha of a ready Gram matrix, and dH/dG   | alpha = 2 gram_entropy_bwd  |
-| gram_coding_rate_fwd | log det(I + scale G) of a ready G, and d/dG | gram_coding_rate_bwd        |
-| matrix_log_fwd       | log Q, its eigenvalues and eigenvectors     | no                          |
+| operator                  | computes                                    | second derivative |
+|---------------------------|---------------------------------------------|-------------------|
+| joint_entropy_fwd         | H_alpha of K1 ⊙ K2, a weight for each view  | alpha = 2         |
+| gram_entropy_fwd          | H_alpha of a ready Gram matrix, and dH/dG   | alpha = 2         |
+| gram_rational_entropy_fwd | the same for alpha = 1, by rational.py      | no                |
+| gram_coding_rate_fwd      | log det(I + scale G) of a ready G, and d/dG | yes               |
+| matrix_log_fwd            | log Q, its eigenvalues and eigenvectors     | no                |
 
 The weights of a joint entropy are n x n.
 """
@@ -162,6 +163,7 @@ def _define_of_gram(name: str, parameter: str, value_of: Callable) -> Callable:
 
 gram_coding_rate = _define_of_gram("gram_coding_rate", "scale", _coding_rate_value)
 gram_entropy = _define_of_gram("gram_entropy", "alpha", _entropy_value)
+gram_rational_entropy = _define_of_gram("gram_rational_entropy", "alpha", _entropy_value)
 
 
 def _matrix_log_fwd(q, backend):

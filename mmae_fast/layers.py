@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmae_fast.augment import VIEWS, generator, normalise, two_views
-from mmae_fast.checkpoint import load_model, pick_device
-from mmae_fast.config import AnalyzeConfig, DataConfig, PretrainConfig, UserError
-from mmae_fast.data import is_pack, load_data, part_of
+from mmae_fast.checkpoint import pick_device
+from mmae_fast.config import DataConfig, PretrainConfig, UserError
+from mmae_fast.data import decoded_now, load_data
+from mmae_fast.eval_config import AnalyzeConfig
 from mmae_fast.measures import ORDERS, token_entropy
 from mmae_fast.models import TwoBranch
+from mmae_fast.published import open_model
 
 FEATURE_FILES = (".npy", ".npz", ".pt")
 BATCH = 64  # images at a time: the tokens of all layers are held
@@ -112,7 +114,7 @@ def open_checkpoint(source: str, config: AnalyzeConfig, device: torch.device) ->
         return None
     if config.weights or config.pretrained:
         raise UserError(f"--weights and --pretrained are for timm models; {source} has its own")
-    model, meta = load_model(Path(source), device)
+    model, meta = open_model(Path(source), device, config.published)
     encoder = model.backbone if isinstance(model, TwoBranch) else model
     mean, std = (torch.tensor(meta["data"][key], device=device) for key in ("mean", "std"))
     size = (meta["data"]["in_chans"], *meta["data"]["img_size"])
@@ -156,10 +158,10 @@ def load_images(subject: Subject, config: AnalyzeConfig) -> Tensor:
     For models of timm they are resized (bilinear, antialiased), grey ones repeated over channels.
     """
     channels, height, width = subject.size
-    path = Path(config.data).expanduser()
-    decoded_now = path.is_dir() and not is_pack(part_of(path, "train"))
-    side = config.img_size or ((height, width) if decoded_now else None)
-    train, test = load_data(DataConfig(config.data, None, side, config.cache))
+    files = decoded_now(config.data)  # they can be made what the model takes
+    size = config.img_size or ((height, width) if files else None)
+    in_chans = channels if files else None
+    train, test = load_data(DataConfig(config.data, None, size, config.cache, in_chans))
     part = test or train
     chosen = torch.linspace(0, len(part) - 1, min(config.count, len(part))).long()
     images = part.images[chosen]

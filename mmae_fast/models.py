@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import Tensor, nn
 
@@ -48,6 +48,7 @@ class VisionTransformer(nn.Module):
     """
 
     num_prefix_tokens = 1  # the class token, before the patches
+    position_tables = ("pos_embed",)
 
     def __init__(
         self,
@@ -60,10 +61,7 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         height, width = to_2tuple(img_size)
-        if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"patch_size must divide the image size, got {patch_size} for {height}x{width}"
-            )
+        _check_patches(height, width, patch_size)
         _check_heads("embed_dim", embed_dim, num_heads)
         self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -96,6 +94,32 @@ class VisionTransformer(nn.Module):
             return latent[:, 1:].mean(dim=1)
         raise ValueError(f"pool must be 'cls' or 'mean', got {pool!r}")
 
+    def load_published(self, state: dict[str, Tensor]) -> None:
+        """Load the state dict of the public MAE, U-MAE or M-MAE code, strictly.
+
+        The classifier that those models may carry is left out; anything else that is missing,
+        unexpected or of another shape raises RuntimeError.
+        """
+        kept = {k: v for k, v in state.items() if not k.startswith(_CLASSIFIER_PREFIXES)}
+        self.load_state_dict(kept, strict=True)
+
+    def resize(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of another size from here on: positions are resampled (timm's, bicubic).
+
+        Raises: ValueError: patches that do not fit, with the values received.
+        """
+        patches, old = self.patch_embed, list(self.patch_embed.grid_size)
+        height, width = to_2tuple(img_size)
+        side = patches.patch_size[0]
+        _check_patches(height, width, side)
+        new = [height // side, width // side]
+        if new == old:
+            return
+        patches.img_size, patches.grid_size = (height, width), tuple(new)
+        patches.num_patches = new[0] * new[1]
+        for name in self.position_tables:
+            setattr(self, name, resample_abs_pos_embed(getattr(self, name), new, old))
+
     def _embed(self, imgs: Tensor) -> Tensor:
         return self.patch_embed(imgs) + self.pos_embed[:, 1:]
 
@@ -117,6 +141,8 @@ class MaskedAutoencoder(VisionTransformer):
         double_norm: ``features`` pass the final norm twice, as in the published M-MAE code.
     Raises: ValueError: sizes that do not fit, with the values received.
     """
+
+    position_tables = ("pos_embed", "decoder_pos_embed")
 
     def __init__(
         self,
@@ -222,15 +248,6 @@ class MaskedAutoencoder(VisionTransformer):
         b, c = len(x), x.shape[-1]
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, rows * p, cols * p)
 
-    def load_published(self, state: dict[str, Tensor]) -> None:
-        """Load the state dict of the public MAE, U-MAE or M-MAE code, strictly.
-
-        The classifier that those models may carry is left out; anything else that is missing,
-        unexpected or of another shape raises RuntimeError.
-        """
-        kept = {k: v for k, v in state.items() if not k.startswith(_CLASSIFIER_PREFIXES)}
-        self.load_state_dict(kept, strict=True)
-
 
 class ResNet(nn.Module):
     """torchvision's ResNet-18 without its classifier; features are its 512 channel means."""
@@ -331,6 +348,13 @@ def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
     row, col = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
     patches = torch.cat([encode(col), encode(row)], dim=1)
     return torch.cat([torch.zeros(1, dim), patches.float()]).unsqueeze(0)
+
+
+def _check_patches(height: int, width: int, patch_size: int) -> None:
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size must divide the image size, got {patch_size} for {height}x{width}"
+        )
 
 
 def _check_heads(name: str, dim: int, heads: int) -> None:

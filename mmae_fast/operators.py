@@ -5,6 +5,7 @@
 | gram_fwd           | Gram matrix, row scale, mean row            | yes (gram_bwd)                |
 | coding_rate_fwd    | log det(I + scale G) and its weight         | yes (coding_rate_bwd)         |
 | matrix_entropy_fwd | H_alpha(G / tr G) and its weight            | alpha = 2 (matrix_entropy_bwd)|
+| rational_entropy_fwd | the same for alpha = 1, by rational.py    | no                            |
 
 An operator is implemented by the backend that its last argument names; the weight is the k x k
 matrix that the backward operator needs besides z (torch_backend.py). Those of two views and of
@@ -256,3 +257,4 @@ def _define_spectral(name: str, parameter: str, value_of: Callable) -> Callable:
 
 coding_rate = _define_spectral("coding_rate", "scale", _coding_rate_value)
 matrix_entropy = _define_spectral("matrix_entropy", "alpha", _matrix_entropy_value)
+rational_entropy = _define_spectral("rational_entropy", "alpha", _matrix_entropy_value)

@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mmae_fast.page import CYCLE as CYCLE  # for those who draw by these functions
 from mmae_fast.report import STYLE
 
 # Key in metrics.jsonl after ``backbone_`` or ``projector_``; title; axis.
@@ -33,9 +34,6 @@ LAYER_COLUMNS = (
     ("token_entropy_1_mean", "tokens\nH₁"),
     ("token_entropy_1_std", "tokens\nstd"),
 )
-
-
-CYCLE = ("#1f6fb2", "#d9822b", "#3a8f5c", "#9b4f96", "#c0504d", "#6b7785", "#1b8a8f", "#8a6d3b")
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def read_config(run: Path) -> PretrainConfig:
 def check_same_run(config: PretrainConfig, data: dict[str, Any]) -> None:
     """Raise UserError, naming the fields, where a resumed run would not be the same run."""
     saved = read_run(config.out)
-    before, now = _flatten(saved["config"]), _flatten(to_dict(config))
+    before, now = flatten(saved["config"]), flatten(to_dict(config))
     changed = [key for key in now if before.get(key) != now[key] and key not in PLACE]
     changed += [
         f"data ({key})" for key in ("images", "mean", "std") if saved["data"][key] != data[key]
@@ -104,11 +104,11 @@ def check_same_run(config: PretrainConfig, data: dict[str, Any]) -> None:
         )
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in values.items():
         flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
 

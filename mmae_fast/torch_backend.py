@@ -1,8 +1,9 @@
 """The backend made of PyTorch calls: any device, closed-form gradients, no host synchronisation.
 
 It serves devices without kernels of their own, and matrices too large for the compiled kernels,
-where the vendor's factorisations are the right tool. What is kept for the backward pass is the
-k x k matrix ``weight``, in the convention of all backends (derived in csrc/cpu/kernels.inl):
+where the vendor's factorisations are the right tool. z is read in pieces (rows.py), so that the
+work memory is a few k x k matrices whatever the other dimension. What is kept for the backward pass
+is the k x k matrix ``weight``, in the convention of all backends (derived in csrc/cpu/kernels.inl):
 
     V = d value / dG,   C = V with rows and columns centred (if centred),   D = Diag(||z_i||)
     samples side:   W' = 2 D⁻¹ (C - Diag(s)) D⁻¹,  s_i = ẑ_i·(C Ẑ)_i,   grad Z = grad · W' Z
@@ -11,12 +12,14 @@ k x k matrix ``weight``, in the convention of all backends (derived in csrc/cpu/
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import rational, reference
+from .rows import Rows, numbers, pieces, prepare
 
 # c · lambda_max · eps (lambda_max at most the trace) above which the rounding of a float32 Gram
 # matrix may swamp the identity in I + cG: on the CPU float64 takes over, as in its kernels;
@@ -44,69 +47,59 @@ def full_precision(function):
     return wrapped
 
 
-def row_scale(z: Tensor, mask: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
-    """z in the accumulation dtype, dropped rows zero; and 1 / row norm.
-
-    That is 0 for zero and dropped rows, and 1 for all others without normalisation.
-    """
-    z = z.to(reference.accumulation_dtype(z.dtype))
-    if mask is not None:
-        z = torch.where(mask.unsqueeze(-1), z, 0)
-    if not normalize:
-        return z, z.new_ones(z.shape[:-1]) if mask is None else mask.to(z.dtype)
-    if not z.shape[-1]:
-        return z, z.new_zeros(z.shape[:-1])
-    # Scaled by the largest entry, so that no square vanishes or overflows.
-    largest = z.abs().amax(-1)
-    safe = torch.where(largest == 0, 1, largest)
-    norm = torch.linalg.vector_norm(z / safe.unsqueeze(-1), dim=-1) * safe
-    return z, torch.where(norm == 0, 0, 1 / norm)
+def _add_product(g: Tensor, a: Tensor, b: Tensor) -> None:
+    """g += a b."""
+    if g.dim() == 2:
+        g.addmm_(a, b)
+    else:
+        g.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
 
 
-def mean_row(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return x.sum(-2) / max(x.shape[-2], 1)
-    return x.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
-
-
-def prepared(z: Tensor, mask: Tensor | None, normalize: bool, center: bool):
-    """Prepared rows (see :func:`reference.prepare`), their scale and the mean row."""
-    z, scale = row_scale(z, mask, normalize)
-    x = z * scale.unsqueeze(-1)
-    if not center:
-        return x, scale, x.new_zeros(x.shape[:-2] + x.shape[-1:])
-    mean = mean_row(x, mask)
-    x = x - mean.unsqueeze(-2)
-    return (x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)), scale, mean
+def _gram(
+    z: Tensor, mask, samples: bool, normalize, center, dtype=None, scale_free=False
+) -> GramParts:
+    """:func:`gram` in the accumulation dtype or ``dtype``; scale_free: see rows.prepare."""
+    k = z.shape[-2] if samples else z.shape[-1]
+    rows = prepare(z, mask, normalize, center, k, dtype, scale_free)
+    g = torch.zeros((*z.shape[:-2], k, k), dtype=rows.scale.dtype, device=z.device)
+    for part in pieces(z, -1 if samples else -2, k):
+        x = rows.prepared(columns=part) if samples else rows.prepared(rows=part)
+        _add_product(g, *((x, x.mT) if samples else (x.mT, x)))
+    g.tril_()  # a matrix product is symmetric up to rounding only
+    g += g.tril(-1).mT
+    if samples and normalize and not center:
+        # The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
+        diagonal = g.diagonal(dim1=-2, dim2=-1)
+        valid = (rows.scale > 0) & torch.isfinite(rows.scale)
+        diagonal.copy_(torch.where(valid, 1, diagonal))
+    mean = rows.mean
+    if mean is None:
+        mean = torch.zeros(z.shape[:-2] + z.shape[-1:], dtype=g.dtype, device=z.device)
+    return GramParts(g, rows.scale, mean)
 
 
 @full_precision
 def gram(z: Tensor, mask, samples: bool, normalize: bool, center: bool) -> GramParts:
-    x, scale, mean = prepared(z, mask, normalize, center)
-    g = x @ x.mT if samples else x.mT @ x
-    g = g.tril() + g.tril(-1).mT  # a matrix product is symmetric up to rounding only
-    if samples and normalize and not center:
-        # The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
-        diagonal = g.diagonal(dim1=-2, dim2=-1)
-        diagonal.copy_(torch.where((scale > 0) & torch.isfinite(scale), 1, diagonal))
-    return GramParts(g, scale, mean)
+    return _gram(z, mask, samples, normalize, center)
 
 
-def coding_rate_of_gram(g: Tensor, scale: float, need_weight: bool) -> tuple[Tensor, Tensor | None]:
-    """``log det(I + scale G)`` and ``V = scale (I + scale G)⁻¹``."""
-    a = g * scale
-    a.diagonal(dim1=-2, dim2=-1).add_(1)
-    factor, info = torch.linalg.cholesky_ex(a)
-    log_diagonal = factor.diagonal(dim1=-2, dim2=-1).double().log()
-    value = 2 * log_diagonal.sum(-1)
+def coding_rate_of_gram(
+    g: Tensor, scale: float, need_weight: bool, overwrite: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``log det(I + scale G)`` and ``V = scale (I + scale G)⁻¹``, which may take the place of G."""
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
+    a = g.mul_(scale) if overwrite else g * scale
+    a.diagonal(dim1=-2, dim2=-1).add_(1)
+    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    torch.linalg.cholesky_ex(a, out=(a, info))
+    value = 2 * a.diagonal(dim1=-2, dim2=-1).double().log().sum(-1)
     failed = (info != 0) | ~torch.isfinite(trace)
-    value = torch.where(failed, math.nan, value).to(g.dtype)
+    value = torch.where(failed, math.nan, value).to(a.dtype)
     if not need_weight:
         return value, None
-    eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
-    v = scale * torch.cholesky_inverse(torch.where(failed[..., None, None], eye, factor))
-    return value, torch.where(failed[..., None, None], math.nan, v)
+    # In the place of a broken factor NaN, which no solver rejects.
+    a.masked_fill_(failed[..., None, None], math.nan)
+    return value, torch.cholesky_inverse(a, out=a).mul_(scale)
 
 
 def entropy_of_spectrum(lam: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -137,20 +130,21 @@ def spectral_matrix(vectors: Tensor, f: Tensor) -> Tensor:
 
 
 def entropy_of_gram(
-    g: Tensor, alpha: float, need_weight: bool, spectral=spectral_matrix
+    g: Tensor, alpha: float, need_weight: bool, spectral=spectral_matrix, overwrite: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """H_alpha of ``G / tr G`` and ``V = dH/dG``."""
+    """H_alpha of ``G / tr G`` and ``V = dH/dG``, which may take the place of G."""
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
     empty = trace == 0
     poison = trace - trace  # 0, or NaN where z had NaN or Inf
     tau = torch.where(empty, 1, trace)
     v = None
     if alpha == 2:
-        square = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64).square()
+        square = torch.linalg.vector_norm(g, dim=-1).double().square().sum(-1)
         square = torch.where(empty, 1, square)
         h = (2 * tau.double().log() - square.log()).to(g.dtype)
         if need_weight:
-            v = g * (-2 / square).to(g.dtype)[..., None, None]
+            factor = (-2 / square).to(g.dtype)[..., None, None]
+            v = g.mul_(factor) if overwrite else g * factor
             v.diagonal(dim1=-2, dim2=-1).add_((2 / tau).unsqueeze(-1))
     else:
         # Eigensolvers reject NaN and Inf: they get I there. (On the CPU it costs nothing to look.)
@@ -167,27 +161,30 @@ def entropy_of_gram(
             h, _ = entropy_of_spectrum(torch.linalg.eigvalsh(g) / tau.unsqueeze(-1), alpha)
     h = torch.where(empty, 0, h) + poison
     if v is not None:
-        v = torch.where(empty[..., None, None], 0, v) + poison[..., None, None]
+        v.masked_fill_(empty[..., None, None], 0).add_(poison[..., None, None])
     return h, v
 
 
 @full_precision
 def fold(v: Tensor, parts: GramParts, z: Tensor, mask, samples: bool, normalize, center) -> Tensor:
-    """V -> W', see the head of this file; in place where it can."""
+    """V -> W', see the head of this file; in the place of V."""
     if not samples:
         return v.mul_(2)
     g, scale, mean = parts
     if center:
         kept = torch.ones_like(scale) if mask is None else mask.to(v.dtype)
-        count = kept.sum(-1, keepdim=True).clamp(min=1)
-        for side in (-1, -2):
-            v = v - (v * kept.unsqueeze(-3 - side)).sum(side, keepdim=True) / count.unsqueeze(-1)
-        v = v * kept.unsqueeze(-1) * kept.unsqueeze(-2)
+        count = kept.sum(-1).clamp(min=1)[..., None, None]
+        v -= v @ kept.unsqueeze(-1) / count
+        v -= kept.unsqueeze(-2) @ v / count
+        v.mul_(kept.unsqueeze(-1)).mul_(kept.unsqueeze(-2))
     if normalize:
         s = torch.linalg.vecdot(v, g)
-        if center:
-            x, _, _ = prepared(z, mask, normalize, center)
-            s = s + (v @ (x @ mean.unsqueeze(-1))).squeeze(-1)
+        if center:  # ẑ_i has a part along the mean, which G does not see
+            rows = Rows(z, mask, scale, mean)
+            along = torch.zeros_like(scale)
+            for part in pieces(z, -1, z.shape[-2]):
+                along += (rows.prepared(columns=part) @ mean[..., part].unsqueeze(-1)).squeeze(-1)
+            s = s + (v @ along.unsqueeze(-1)).squeeze(-1)
         v.diagonal(dim1=-2, dim2=-1).sub_(s)
     return v.mul_(2 * scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
 
@@ -205,45 +202,57 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
     parts = gram(z, mask, samples, normalize, center)
     # On the CPU only: elsewhere, to look would be to synchronise.
     if z.device.type == "cpu" and swamped(parts.gram, scale).any():
-        z = z.double()
-        parts = gram(z, mask, samples, normalize, center)
-    value, v = coding_rate_of_gram(parts.gram, scale, need_weight)
+        parts = _gram(z, mask, samples, normalize, center, torch.float64)
+    overwrite = not (samples and need_weight)
+    value, v = coding_rate_of_gram(parts.gram, scale, need_weight, overwrite)
     if not need_weight:
         return value.to(dtype), None
     weight = fold(v, parts, z, mask, samples, normalize, center)
     return value.to(dtype), weight.to(dtype)
 
 
-def in_range(z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """z times a factor ``(..., 1, 1)`` that brings its entries to at most 1, and the factor.
-
-    Entropies do not see it; it keeps the squares of unnormalised features in range. W' then carries
-    the square of the factor.
-    """
-    z = z.to(reference.accumulation_dtype(z.dtype))
-    entries = z if mask is None else torch.where(mask.unsqueeze(-1), z, 0)
-    largest = entries.abs().amax((-2, -1), keepdim=True)
-    factor = torch.where((largest == 0) | ~torch.isfinite(largest), 1, 1 / largest)
-    return z * factor, factor
+def _entropy_fwd(z, mask, normalize, center, need_weight, gram, of_gram: Callable):
+    """``of_gram(g, need_weight, overwrite)`` of the Gram matrix of z, folded."""
+    samples = z.shape[-2] <= z.shape[-1]
+    if not min(z.shape[-2:]):
+        zero = z.new_zeros(z.shape[:-2], dtype=reference.accumulation_dtype(z.dtype))
+        return zero, zero.new_zeros((*zero.shape, 0, 0)) if need_weight else None
+    if normalize:
+        parts = gram(z, mask, samples, normalize, center)
+    else:
+        parts = _gram(z, mask, samples, normalize, center, scale_free=True)
+    h, v = of_gram(parts.gram, need_weight, not (samples and need_weight))
+    if not need_weight:
+        return h, None
+    weight = fold(v, parts, z, mask, samples, normalize, center)
+    if not normalize and not samples:  # from the scaled rows to those of z
+        weight.mul_(parts.scale.amax(-1).square()[..., None, None])
+    return h, weight
 
 
 @full_precision
 def matrix_entropy_fwd(
     z, mask, alpha, normalize, center, need_weight, gram=gram, spectral=spectral_matrix
 ):
-    samples = z.shape[-2] <= z.shape[-1]
-    if not min(z.shape[-2:]):
-        zero = z.new_zeros(z.shape[:-2], dtype=reference.accumulation_dtype(z.dtype))
-        return zero, zero.new_zeros((*zero.shape, 0, 0)) if need_weight else None
-    factor = None
-    if not normalize:
-        z, factor = in_range(z, mask)
-    parts = gram(z, mask, samples, normalize, center)
-    h, v = entropy_of_gram(parts.gram, alpha, need_weight, spectral)
-    if not need_weight:
-        return h, None
-    weight = fold(v, parts, z, mask, samples, normalize, center)
-    return h, weight if factor is None else weight * factor * factor
+    def of_gram(g, need_weight, overwrite):
+        return entropy_of_gram(g, alpha, need_weight, spectral, overwrite)
+
+    return _entropy_fwd(z, mask, normalize, center, need_weight, gram, of_gram)
+
+
+@full_precision
+def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram=gram):
+    """The von Neumann entropy without eigenvalues (rational.py); alpha is 1."""
+    of_gram = rational.von_neumann_of_gram
+    return _entropy_fwd(z, mask, normalize, center, need_weight, gram, of_gram)
+
+
+@full_precision
+def gram_rational_entropy_fwd(g, alpha, need_weight):
+    """The von Neumann entropy of a ready Gram matrix by rational.py, and V; alpha is 1."""
+    if not g.shape[-1]:
+        return g.new_zeros(g.shape[:-2]), torch.zeros_like(g) if need_weight else None
+    return rational.von_neumann_of_gram(g, need_weight)
 
 
 @full_precision
@@ -268,29 +277,55 @@ def joint_entropy_fwd(
 
     With V = dH / d(K1 ⊙ K2): dH/dK1 = V ⊙ K2 and dH/dK2 = V ⊙ K1, each folded like any other V.
     """
-    views, parts, factors = [], [], []
+    views, parts = [], []
     for z in (z1, z2):
         if not z.shape[-1]:  # no features: K = 0
             z = z.new_zeros((*z.shape[:-1], 1))
-        z, factor = (z, None) if normalize or not z.shape[-2] else in_range(z, mask)
         views.append(z)
-        factors.append(factor)
-        parts.append(gram(z, mask, True, normalize, center))
+        if normalize:
+            parts.append(gram(z, mask, True, normalize, center))
+        else:
+            parts.append(_gram(z, mask, True, normalize, center, scale_free=True))
     value, v = gram_entropy_fwd(parts[0].gram * parts[1].gram, alpha, need_weight, spectral)
     if not need_weight:
         return value, None, None
     weights = []
-    for z, own, other, factor in zip(views, parts, reversed(parts), factors, strict=True):
-        weight = fold(v * other.gram, own, z, mask, True, normalize, center)
-        weights.append(weight if factor is None else weight * factor * factor)
+    for z, own, other in zip(views, parts, reversed(parts), strict=True):
+        weights.append(fold(v * other.gram, own, z, mask, True, normalize, center))
     return value, *weights
+
+
+def _assembled(z: Tensor, dim: int, k: int, piece: Callable[[slice], Tensor]) -> Tensor:
+    """A tensor like z from its pieces along ``dim``."""
+    parts = pieces(z, dim, k)
+    if len(parts) == 1:
+        return piece(parts[0]).to(z.dtype)
+    out = torch.empty_like(z, memory_format=torch.contiguous_format)
+    for part in parts:
+        (out[..., part] if dim == -1 else out[..., part, :]).copy_(piece(part))
+    return out
 
 
 @full_precision
 def samples_bwd(grad, z, mask, weight) -> Tensor:
     """Gradient of z ``(..., n, d)``, z's dtype, from grad ``(...)`` and weight ``(..., n, n)``."""
-    raw, _ = row_scale(z, mask, False)
-    return (weight * grad[..., None, None] @ raw).to(z.dtype)
+    weight = weight * grad[..., None, None]
+    return _assembled(
+        z, -1, z.shape[-2], lambda part: weight @ numbers(z[..., part], mask, weight.dtype)
+    )
+
+
+def _features_bwd(grad, rows: Rows, weight, normalize) -> Tensor:
+    def piece(part):
+        x = rows.prepared(part)
+        y = (x @ weight).mul_(grad[..., None, None])
+        if normalize:
+            x = rows.uncentred(x)
+            y.addcmul_((x * y).sum(-1, keepdim=True), x, value=-1)
+            y.mul_(rows.scale[..., part].unsqueeze(-1))
+        return y if rows.mask is None else y.masked_fill_(~rows.mask[..., part].unsqueeze(-1), 0)
+
+    return _assembled(rows.z, -2, rows.z.shape[-1], piece)
 
 
 @full_precision
@@ -298,29 +333,19 @@ def weight_bwd(grad, z, mask, weight, normalize, center) -> Tensor:
     """Gradient of z ``(..., n, d)``, z's dtype, from grad ``(...)`` and weight ``(..., k, k)``."""
     if z.shape[-2] <= z.shape[-1]:
         return samples_bwd(grad, z, mask, weight)
-    weight = weight * grad[..., None, None]
-    x, scale, mean = prepared(z, mask, normalize, center)
-    y = x @ weight
-    if normalize:
-        x = x + mean.unsqueeze(-2)
-        y = y - (x * y).sum(-1, keepdim=True) * x
-        y = y * scale.unsqueeze(-1)
-    return (y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)).to(z.dtype)
+    rows = prepare(z, mask, normalize, center, z.shape[-1])
+    return _features_bwd(grad, rows, weight, normalize)
 
 
 @full_precision
 def gram_bwd(grad, z, mask, parts: GramParts, samples, normalize, center) -> Tensor:
     """Gradient of z from the gradient ``(..., k, k)`` of the Gram matrix of either side."""
-    x, scale, mean = prepared(z, mask, normalize, center)
-    symmetric = grad + grad.mT
-    y = symmetric @ x if samples else x @ symmetric
-    if center:
-        kept = y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
-        y = y - mean_row(kept, mask).unsqueeze(-2)
-    if normalize:
-        x = x + mean.unsqueeze(-2)
-        y = (y - (x * y).sum(-1, keepdim=True) * x) * scale.unsqueeze(-1)
-    return (y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)).to(z.dtype)
+    weight = fold((grad + grad.mT) / 2, parts, z, mask, samples, normalize, center)
+    one = weight.new_ones(z.shape[:-2])
+    if samples:
+        return samples_bwd(one, z, mask, weight)
+    rows = Rows(z, mask, parts.scale, parts.mean if center else None)
+    return _features_bwd(one, rows, weight, normalize)
 
 
 @full_precision

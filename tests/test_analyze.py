@@ -15,14 +15,8 @@ from safetensors.torch import save_file
 from mmae_fast import reference
 from mmae_fast.analyze import run_analysis
 from mmae_fast.augment import normalise
-from mmae_fast.config import (
-    AnalyzeConfig,
-    LossConfig,
-    ModelConfig,
-    PretrainConfig,
-    TwoBranchConfig,
-    UserError,
-)
+from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig, TwoBranchConfig, UserError
+from mmae_fast.eval_config import AnalyzeConfig
 from mmae_fast.layers import Subject, capture, find_layers
 from mmae_fast.measures import power_law, rankme, shared_information, spectral_measures, spectrum
 from mmae_fast.models import build_model

@@ -1,9 +1,13 @@
 """Order, augmentation and normalisation of batches; batches of several processes."""
 
+import time
+
+import pytest
 import torch
 
+from mmae_fast import augment as augmentation
 from mmae_fast.augment import Batches, augment, epoch_order, generator, normalise
-from mmae_fast.config import ModelConfig, PretrainConfig
+from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig
 from mmae_fast.data import ImageData
 
 CPU = torch.device("cpu")
@@ -107,3 +111,150 @@ def test_normalise():
     out = normalise(images, mean, std)
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.std((0, 2, 3), correction=0), torch.ones(2))
+
+
+# --- Parts of a batch, crops of larger images, collecting ahead ----------------------------------
+
+
+def random_images(count=24, channels=3, height=12, width=16):
+    generator = torch.Generator().manual_seed(0)
+    size = (count, channels, height, width)
+    return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+
+
+def make_batches(images, method="m_mae", rank=0, world=1, size=None, **changes):
+    config = PretrainConfig(
+        model=ModelConfig(patch_size=4), loss=LossConfig(method=method), batch_size=8, **changes
+    )
+    channels = images.shape[1]
+    mean, std = torch.full((channels,), 0.4), torch.full((channels,), 0.3)
+    return Batches(images, mean, std, config, rank, world, size)
+
+
+@pytest.mark.parametrize("method", ["m_mae", "simclr"])
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("size", [None, (8, 12)])
+def test_parts_make_up_the_batch_of_one_process(method, world, size):
+    images = random_images()
+    whole = make_batches(images, method, size=size)
+    parts = [make_batches(images, method, rank, world, size) for rank in range(world)]
+    for step in (0, 1, 5, 2):  # across an epoch, and back
+        expected = whole(step)
+        union = [
+            torch.cat(tensors) for tensors in zip(*(part(step) for part in parts), strict=True)
+        ]
+        for ours, theirs in zip(union, expected, strict=True):
+            assert torch.equal(ours, theirs)
+        # and not because all parts are alike
+        assert len({tuple(part(step)[0].flatten().tolist()) for part in parts}) == world
+
+
+def test_parts_need_a_batch_that_they_divide():
+    with pytest.raises(ValueError, match="batch_size 8 is not a multiple of 3 parts"):
+        make_batches(random_images(), world=3)
+
+
+@pytest.mark.parametrize("method", ["m_mae", "barlow_twins"])
+def test_batches_are_functions_of_the_step(method):
+    images = random_images()
+    once = make_batches(images, method)
+    expected = {step: once(step) for step in range(7)}
+    again = make_batches(images, method)
+    for step in (3, 4, 4, 0, 6, 5, 2):  # expected next, repeated, elsewhere
+        assert all(map(torch.equal, again(step), expected[step]))
+    other = make_batches(images, method, seed=1)
+    assert not torch.equal(other(0)[0], expected[0][0])
+
+
+@pytest.mark.parametrize("part_bytes", [1 << 20, 2000, 1])
+def test_collecting_ahead_does_not_change_the_images(tmp_path, monkeypatch, part_bytes):
+    """From a file that is mapped, by one or several threads, while the next are collected."""
+    monkeypatch.setattr(augmentation, "PART_BYTES", part_bytes)
+    images = random_images()
+    path = tmp_path / "images.u8"
+    images.numpy().tofile(path)
+    mapped = torch.from_file(str(path), shared=False, size=images.numel(), dtype=torch.uint8)
+    mapped = make_batches(mapped.view_as(images), min_crop=1.0, hflip=False)
+    order = torch.cat([epoch_order(24, 0, epoch) for epoch in range(3)])
+    for step in range(9):
+        expected = normalise(images[order[8 * step :][:8]], mapped.mean, mapped.std)
+        assert torch.equal(mapped(step)[0], expected)
+
+
+def test_failures_of_the_collecting_thread_reach_the_caller():
+    batches = make_batches(random_images())
+
+    def fail(chosen, out):
+        raise OSError("the disk is gone")
+
+    batches._collect = fail
+    with pytest.raises(OSError, match="the disk is gone"):
+        batches(0)
+
+
+def test_crops_of_a_larger_image():
+    images = coordinates(2000, size=40)
+    out = augment(images, generator(CPU, 0), min_crop=0.2, hflip=False, size=(32, 32))
+    assert out.shape == (2000, 2, 32, 32)
+    left, width, top, height = crop_boxes(out)
+    assert left.min() > -1e-4 and (left + width).max() < 1 + 1e-4
+    area = width * height
+    assert 0.19 < area.min() < 0.25 and 0.9 < area.max() < 1.001
+    assert top.max() > 0.3
+    # The crops are those that images of that size have: shares of the image, whatever its pixels.
+    small = augment(coordinates(2000), generator(CPU, 0), min_crop=0.2, hflip=False)
+    for ours, theirs in zip(crop_boxes(out), crop_boxes(small), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+def test_no_crop_of_a_larger_image_is_a_window_of_it():
+    images = coordinates(500, size=40)
+    out = augment(images, generator(CPU, 0), min_crop=1.0, hflip=False, size=(32, 32))
+    left, width, top, height = crop_boxes(out)
+    torch.testing.assert_close(width, torch.full((500,), 0.8), rtol=0, atol=1e-4)
+    torch.testing.assert_close(height, torch.full((500,), 0.8), rtol=0, atol=1e-4)
+    assert left.min() < 0.01 and left.max() > 0.19 and top.min() < 0.01 and top.max() > 0.19
+
+
+def test_patches_are_those_of_the_crop():
+    batches = make_batches(random_images(), size=(8, 12))
+    images, noise = batches(0)
+    assert images.shape == (8, 3, 8, 12) and noise.shape == (8, 2 * 3)
+
+
+def test_wait_is_measured():
+    batches = make_batches(random_images())
+    assert batches.wait_share() == 0
+    collect = batches._collect
+
+    def slow(chosen, out):
+        time.sleep(0.15)
+        collect(chosen, out)
+
+    batches._collect = slow
+    batches(0)
+    waited = batches.wait_seconds
+    assert waited > 0.15
+    assert 0.9 < batches.wait_share() <= 1
+    time.sleep(0.3)  # a step, during which the next images are collected
+    batches(1)
+    assert batches.wait_seconds - waited < 0.1
+    assert batches.wait_share() < 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["m_mae", "simclr"])
+def test_parts_make_up_the_batch_on_a_gpu(method):
+    """From pinned memory, and from images on the GPU; while a kernel keeps it busy."""
+    images, device = random_images(), torch.device("cuda")
+    config = make_batches(images, method).config
+    mean = std = torch.full((3,), 0.5, device=device)
+    whole = Batches(images.to(device), mean, std, config)
+    parts = [Batches(images, mean, std, config, rank, 2) for rank in range(2)]
+    busy = torch.rand(4096, 4096, device=device)
+    for step in range(12):
+        busy = torch.nn.functional.normalize(busy @ busy)
+        found = [part(step) for part in parts]
+        for i, expected in enumerate(whole(step)):
+            torch.testing.assert_close(torch.cat([part[i] for part in found]), expected)

@@ -47,7 +47,7 @@ def test_help_lists_the_commands(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         mmae(*arguments)
         text = capsys.readouterr().out
-        for command in ("pretrain", "probe", "knn", "visualize", "demo", "doctor"):
+        for command in cli.COMMANDS:
             assert f"\n  {command} " in text
 
 
@@ -58,7 +58,7 @@ def test_module_runs_as_a_script():
     assert done.stdout.startswith("usage: mmae COMMAND")
 
 
-@pytest.mark.parametrize("command", ["pretrain", "probe", "knn", "visualize", "demo"])
+@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"doctor", "export"}))
 def test_help_of_a_command(capsys, command):
     text, status = failure(capsys, command, "--help")
     assert status == 0
@@ -83,14 +83,58 @@ def test_unknown_command_and_option(capsys):
 def test_pretrain_probe_knn_visualize(run, capsys, tmp_path):
     assert json.loads((run / "config.json").read_text())["config"]["model"]["embed_dim"] == 16
     mmae("probe", run)
-    assert "Linear probe: multinomial" in capsys.readouterr().out
+    assert "Linear probe (L-BFGS): multinomial" in capsys.readouterr().out
+    mmae("probe", run, "--protocol", "lars", "--augment", "--epochs", "4", "--warmup-epochs", "1")
+    said = capsys.readouterr().out
+    assert "(LARS)" in said and "lr 0.05 x 1,438/256" in said and "random crops" in said
     mmae("knn", run, "--pool", "mean")
     assert "mean of the patch tokens" in capsys.readouterr().out
-    for name in ("linear_probe_cls", "knn_mean"):
+    assert "accuracy" in json.loads((run / "linear_probe_lars_cls.json").read_text())
+    for name in ("linear_probe_lbfgs_cls", "knn_mean"):
         saved = json.loads((run / f"{name}.json").read_text())
         assert 0.1 < saved["accuracy"] <= 1
     mmae("visualize", run, "--out", tmp_path / "r.png", "--count", "3")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_from_images_to_a_model_of_timm(tmp_path, capsys):
+    """The whole way: pretrain, probe, kNN, fine-tune, export, and the same features in timm."""
+    import torch
+
+    from mmae_fast.checkpoint import load_model
+    from mmae_fast.config import DataConfig
+    from mmae_fast.data import load_data
+
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    pretrain(run)
+    mmae("probe", run)
+    mmae("knn", run)
+    command = ["finetune", run, "--out", tuned, "--epochs", "1", "--warmup-epochs", "0"]
+    mmae(*command)
+    assert "Fine-tuning: all weights, 1 epochs" in capsys.readouterr().out
+    mmae(*command, "--resume")  # nothing is left to do
+    again = json.loads((tuned / "finetune.json").read_text())["accuracy"]
+    assert again == json.loads((run / "finetune.json").read_text())["accuracy"]
+    text, status = failure(capsys, *command, "--resume", "--base-lr", "7")
+    assert status == 1 and "cannot be resumed with other settings: base_lr" in text
+    capsys.readouterr()
+
+    images = load_data(DataConfig(train="digits"))[1].images[:50]
+    model, meta = load_model(run, torch.device("cpu"))
+    images = (images / 255 - meta["data"]["mean"][0]) / meta["data"]["std"][0]
+    for source, out in ((run, tmp_path / "timm"), (tuned, tmp_path / "classifier")):
+        mmae("export", source, out, "--format", "timm")
+        names = {}
+        exec(capsys.readouterr().out, names)
+        with torch.no_grad():
+            given = names["model"].eval()(images)
+            if source == run:
+                expected = model.forward_features(images)
+                torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+            else:
+                assert given.shape == (50, 10)
+    mmae("export", run, "--format", "hf", tmp_path / "hf")
+    assert "ViTMAEForPreTraining" in capsys.readouterr().out
 
 
 def test_resume(run, capsys):

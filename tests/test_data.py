@@ -247,8 +247,8 @@ def test_damaged_files_are_skipped_and_listed(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("Skipped 2 of 6 images of ")
     save_skipped(tmp_path, train, None)
     lines = (tmp_path / "skipped.txt").read_text().splitlines()
-    assert len(lines) == 2 and lines[0].startswith("ant/broken.jpg\tcannot identify")
-    with pytest.raises(UserError, match=r"ant/broken\.jpg cannot be decoded: cannot identify"):
+    assert len(lines) == 2 and lines[0].startswith("ant/broken.jpg\tno image of a known")
+    with pytest.raises(UserError, match=r"ant/broken\.jpg cannot be decoded: no image"):
         load_data(dataclasses.replace(config, strict=True))
 
 

@@ -51,8 +51,9 @@ def test_unknown_backend(backend):
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_backends_have_one_interface(backend):
     functions = ["gram", "gram_bwd", "matrix_entropy_fwd", "coding_rate_fwd", "weight_bwd"]
-    functions += ["joint_entropy_fwd", "samples_bwd", "gram_entropy_fwd"]
-    functions += ["gram_coding_rate_fwd", "matrix_log_fwd", "matrix_log_bwd"]
+    functions += ["rational_entropy_fwd", "joint_entropy_fwd", "samples_bwd", "gram_entropy_fwd"]
+    functions += ["gram_rational_entropy_fwd", "gram_coding_rate_fwd"]
+    functions += ["matrix_log_fwd", "matrix_log_bwd"]
     assert all(callable(getattr(module(backend), name)) for name in functions)
 
 

@@ -24,6 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 ALPHAS = (0.5, 1.0, 2.0, 3.0, math.inf)
 ONE_VIEW = {
     **{f"entropy-{alpha}": partial(fast_matrix_entropy, alpha=alpha) for alpha in ALPHAS},
+    "entropy-rational": partial(fast_matrix_entropy, method="rational"),
     "coding_rate": partial(fast_coding_rate, scale=0.7),
     "coding_rate-large": partial(fast_coding_rate, scale=1e6),
     "effective_rank": effective_rank,

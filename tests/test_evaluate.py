@@ -1,6 +1,7 @@
 """Probes against independent implementations; reconstructions."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,17 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from mmae_fast import effective_rank
+from mmae_fast.config import UserError
 from mmae_fast.data import ImageData
-from mmae_fast.evaluate import (
-    Features,
-    extract,
-    knn,
-    linear_probe,
-    raw_pixels,
-    reconstructions,
-)
+from mmae_fast.eval_config import ProbeConfig
+from mmae_fast.evaluate import extract, raw_pixels, reconstructions
 from mmae_fast.measures import spectrum
 from mmae_fast.models import MaskedAutoencoder
+from mmae_fast.probes import Features, knn, lars, lars_probe, lbfgs_probe
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def blobs(spread, count=300, dim=8, classes=4, seed=0):
@@ -41,7 +40,7 @@ def tiny_model(**kwargs):
 
 
 def test_linear_probe_separates_what_is_separable():
-    accuracy, protocol = linear_probe(blobs(0.05))
+    accuracy, protocol = lbfgs_probe(blobs(0.05))
     assert accuracy == 1.0
     assert "100 iterations" in protocol and "L2 0.0001" in protocol
 
@@ -51,7 +50,7 @@ def test_linear_probe_is_logistic_regression():
 
     features = blobs(1.0)
     l2, count = 1e-2, len(features.train)
-    accuracy, _ = linear_probe(features, l2=l2)
+    accuracy, _ = lbfgs_probe(features, l2=l2)
     mean, std = features.train.mean(0), features.train.std(0)
     train, test = (((x - mean) / std).double() for x in (features.train, features.test))
     # scikit-learn's objective is C · sum of losses + ½‖w‖².
@@ -61,7 +60,7 @@ def test_linear_probe_is_logistic_regression():
     assert accuracy == pytest.approx(reference.score(test, features.test_labels), abs=0.5 / 150)
 
 
-def test_linear_probe_ignores_scale_shift_and_constants():
+def test_lbfgs_probe_ignores_scale_shift_and_constants():
     features = blobs(1.0)
     constant = torch.full((1,), 3.0)
 
@@ -71,7 +70,80 @@ def test_linear_probe_ignores_scale_shift_and_constants():
     other = Features(
         moved(features.train), features.train_labels, moved(features.test), features.test_labels
     )
-    assert linear_probe(other)[0] == pytest.approx(linear_probe(features)[0], abs=0.01)
+    assert lbfgs_probe(other)[0] == pytest.approx(lbfgs_probe(features)[0], abs=0.01)
+
+
+def test_lars_is_the_published_one():
+    """Four steps of the published optimiser: lr 0.3, weight decay 1e-3 of the weight."""
+    golden = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "lars.npz").items()}
+    head = torch.nn.Linear(5, 7)
+    head.load_state_dict({"weight": golden["w0"], "bias": golden["b0"]})
+    optimizer = lars(head, 0.3)
+    for i in range(4):
+        # The probe has no weight decay; there it is added to the gradient before all else.
+        head.weight.grad = golden[f"gw{i}"] + 1e-3 * head.weight.detach()
+        head.bias.grad = golden[f"gb{i}"].clone()
+        optimizer.step()
+        torch.testing.assert_close(head.weight.detach(), golden[f"w{i + 1}"], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(head.bias.detach(), golden[f"b{i + 1}"], rtol=1e-6, atol=1e-7)
+
+
+def lars_config(**changes):
+    settings = dict(epochs=20, warmup_epochs=2, batch_size=64)
+    return ProbeConfig(Path(), **(settings | changes))
+
+
+def test_lars_probe_separates_what_is_separable():
+    accuracy, protocol = lars_probe(blobs(0.05), lars_config(epochs=60), base_lr=40.0)
+    assert accuracy == 1.0
+    assert "LARS, lr 40 x 64/256" in protocol and "60 epochs, 2 of warm-up" in protocol
+    assert "whole images" in protocol and "too few images" not in protocol
+
+
+def test_lars_probe_is_a_function_of_the_seed():
+    features = blobs(1.0)
+    first, again = (lars_probe(features, lars_config(), 20.0) for _ in range(2))
+    assert first == again
+    order = [lars_probe(features, lars_config(seed=seed), 5.0)[0] for seed in range(6)]
+    assert len(set(order)) > 1
+
+
+def test_lars_probe_says_when_it_cannot_have_learned():
+    _, protocol = lars_probe(blobs(0.05), lars_config(batch_size=16384), base_lr=0.1)
+    # 20 epochs of one step, lr 0.1 x 300/256, trust 0.001, momentum 0.9, cosine.
+    assert "lr 0.1 x 300/256" in protocol
+    assert "too few images: it can move the weights by 0.01 of their norm only" in protocol
+
+
+def test_lars_probe_of_augmented_images():
+    """``view`` is asked for each image of every epoch once, with generators of their own."""
+    features, seen, drawn = blobs(0.05), [], []
+
+    def view(chosen, rng):
+        seen.append(chosen)
+        drawn.append(torch.rand((), generator=rng).item())
+        return features.train[chosen]
+
+    config = lars_config(batch_size=100)
+    accuracy, protocol = lars_probe(features, config, 20.0, view)
+    assert accuracy == lars_probe(features, config, 20.0)[0]
+    assert "random crops" in protocol
+    assert len(seen) == len(set(drawn)) == 60
+    for epoch in range(20):
+        assert torch.cat(seen[3 * epoch : 3 * epoch + 3]).sort().values.tolist() == list(range(300))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(epochs=0), "epochs must be >= 1, got 0"),
+        (dict(batch_size=0), "batch_size must be >= 1, got 0"),
+        (dict(warmup_epochs=20), r"warmup_epochs must be in \[0, 20\), got 20"),
+    ],
+)
+def test_lars_settings_that_cannot_be_meant(changes, words):
+    with pytest.raises(UserError, match=words):
+        lars_probe(blobs(1.0), lars_config(**changes), 1.0)
 
 
 @pytest.mark.parametrize("k", [1, 20, 10_000])

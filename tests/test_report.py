@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from mmae_fast.report import findings, format_cell, save_reconstructions, summarise, write_report
+from mmae_fast.page import findings, format_cell, summarise
+from mmae_fast.report import save_reconstructions, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

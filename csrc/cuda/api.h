@@ -12,13 +12,30 @@ struct Queue {
   void* stream;  // cudaStream_t
 };
 
-// Largest k = min(n, d) of coding_rate and renyi2, and largest d of weight_bwd where d < n.
-int64_t max_order(DType dtype);
+// A function of a Gram matrix: the coding rate with this scale, or the entropy of order alpha.
+struct Measure {
+  bool is_rate;
+  double scale, alpha;
+};
+
+// Largest k = min(n, d) that measure() takes on this device, and order that gram_entropy() takes.
+int64_t max_order(DType dtype, Measure, int device);
+// Largest d of weight_bwd where d < n.
+int64_t max_columns();
+// Whether measure() needs scratch: else one kernel goes from features to weight.
+bool needs_scratch(DType dtype, int64_t k, Measure);
+
+// gram (batch, k, k), scale and along (batch, n), mean (batch, d), common (batch).
+struct Scratch {
+  void *gram, *scale, *mean, *along, *common;
+};
 
 // Outputs: float32, or float64 where z is float64, contiguous. value (batch); weight W' (batch, k,
 // k), null: no gradient is wanted.
-const char* coding_rate(const Features&, double scale, void* value, void* weight, Queue);
-const char* renyi2(const Features&, void* value, void* weight, Queue);
+const char* measure(const Features&, Measure, void* value, void* weight, Scratch, Queue);
+// Of ready Gram matrices g (batch, k, k), contiguous, float32 or float64; the weight is dH/dG.
+const char* gram_entropy(DType dtype, int64_t batch, int64_t k, const void* g, double alpha,
+                         void* value, void* weight, Queue);
 // gram (batch, k, k) of the given side, with scale (batch, n) and mean row (batch, d; zeros unless
 // centred) that were applied.
 const char* gram(const Features&, bool samples, void* gram, void* scale, void* mean, Queue);

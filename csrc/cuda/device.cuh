@@ -68,6 +68,14 @@ MMAE_DEVICE T quiet_nan() {
   return std::numeric_limits<T>::quiet_NaN();
 }
 
+MMAE_DEVICE uint32_t float_bits(float x) {
+#ifdef __CUDACC__
+  return __float_as_uint(x);
+#else
+  return emulation::to_bits(x);
+#endif
+}
+
 // Neither NaN nor Inf.
 MMAE_DEVICE bool is_finite(double x) { return x - x == 0; }
 

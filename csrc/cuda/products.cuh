@@ -1,7 +1,9 @@
 // The batched products around the k x k matrices, and the row statistics that they need.
 //
 //     row_scale:   scale_i = 1 / ||z_i|| (1 without normalisation), 0 for dropped rows
+//     common_scale: scale_i = the power of two that brings a matrix into range, 0 for dropped rows
 //     row_mean:    m = mean over the rows kept of scale_i z_i (0 unless centred)
+//     row_along:   (ẑ_i - m) · m, the part of a centred row that G does not see
 //     gram:        G = Ẑ Ẑᵀ or Ẑᵀ Ẑ,  ẑ_i = scale_i z_i - m, dropped rows 0
 //     samples_bwd: grad_z = grad · W' z                      (raw z: W' holds all the rest)
 //     features_bwd: y_i = ẑ_i W',  grad_z_i = grad · scale_i (y_i - ((ẑ_i + m)·y_i) (ẑ_i + m))
@@ -26,6 +28,40 @@ __global__ void __launch_bounds__(kMaxThreads) row_scale_kernel(const Features f
   const bool kept = rows.kept(row);
   const T s = !kept ? T(0) : f.normalize ? rows.inverse_norm(row, lane) : T(1);
   if (lane == 0) scale[at] = s;
+}
+
+// scale (batch, n), common (batch). Grid: one block per matrix, kMaxThreads threads. Shared memory:
+// kCommonShared bytes.
+constexpr int kCommonShared = kMaxThreads / kWarp * 8;
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    common_scale_kernel(const Features f, T* scale, T* common) {
+  const int64_t index = blockIdx.x;
+  const Rows<T> rows(f, index);
+  const T s = rows.power_of_two_scale(shared_array<double>(0, kMaxThreads / kWarp));
+  for (int64_t i = threadIdx.x; i < f.n; i += blockDim.x)
+    scale[index * f.n + i] = rows.kept(i) ? s : T(0);
+  if (threadIdx.x == 0) common[index] = s;
+}
+
+// scale (batch, n), mean (batch, d) → along (batch, n). Grid: one warp per row.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    row_along_kernel(const Features f, const T* scale, const T* mean, T* along) {
+  const int64_t at = int64_t(blockIdx.x) * (kMaxThreads / kWarp) + threadIdx.x / kWarp;
+  if (at >= f.batch * f.n) return;  // whole warps leave
+  const int64_t index = at / f.n;
+  const Rows<T> rows(f, index);
+  const int lane = int(threadIdx.x) % kWarp;
+  scale += index * f.n;
+  mean += index * f.d;
+  double part = 0;
+#pragma unroll 1
+  for (int64_t j = lane; j < f.d; j += kWarp)
+    part += double(rows.prepared(at % f.n, j, scale, mean)) * mean[j];
+  part = warp_reduce(part, Sum{});
+  if (lane == 0) along[at] = T(part);
 }
 
 // scale (batch, n) → mean (batch, d). Grid: batch x ceil(d / kWarp); each warp sums every eighth

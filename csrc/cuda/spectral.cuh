@@ -3,8 +3,6 @@
 //     G = Ẑ Ẑᵀ (n <= d, "samples") or Ẑᵀ Ẑ ("features"), Ẑ the prepared rows
 //     coding rate:  value = log det A, A = I + cG,            V = c A⁻¹
 //     Rényi-2:      value = 2 log tr G - log ||G||²,          V = 2 / tr G · I - 2 / ||G||² · G
-//     W' = 2 D⁻¹ (C - Diag(s)) D⁻¹ with C = V centred on both sides, s_i = ẑ_i · (C Ẑ)_i (samples)
-//     W' = 2 V (features)                     (csrc/cpu/kernels.inl derives it)
 //
 // Only z is read and only value and W' are written: norms, mean, Ẑ, G, the factor and V stay in the
 // block. Per matrix: n d k multiply-adds for G (both triangles: the register tiles are square),
@@ -12,21 +10,16 @@
 //
 // The product runs in steps of `depth` columns (samples) or rows (features): raw entries → scaled
 // and centred in shared memory → side x side threads with R x R accumulators each. A is
-// factorised by the symmetric sweep operator, one pivot p at a time, u = A_:p, P = 1 / u_p:
-//     A_ij -= u_i P u_j (i, j ≠ p),   A_ip = P u_i,   A_pp = -P;    in the end A holds -A⁻¹,
-// log det A = Σ log u_p. Without the inverse only i, j > p are swept. Every pivot of I + cG is at
-// least 1 in exact arithmetic: one that rounding took below counts as 1, and one below 1/2 says
-// that I + cG is lost (c lambda_max near 1 / eps of T), which makes value and W' NaN.
+// factorised by the sweep operator (sweep.cuh), and V folded into W' as in fold.cuh.
 //
 // Precision: arithmetic T = float32 (float64 for float64) on any storage type; traces, means, sums
 // of squares and of logs in float64. No atomics: bitwise reproducible.
 #pragma once
-#include "rows.cuh"
+#include "fold.cuh"
+#include "sweep.cuh"
 
 namespace mmae {
 namespace cuda {
-
-enum class Quantity { kCodingRate, kRenyi2 };
 
 template <class T>
 struct SpectralBlock {
@@ -51,9 +44,6 @@ struct SpectralBlock {
         along(shared_array<T>(p.along, p.k)), column(shared_array<T>(p.column, 2 * p.k)),
         pivot(shared_array<T>(p.pivot, p.k)),
         partial(shared_array<double>(p.partial, p.threads / kWarp)) {}
-
-  MMAE_DEVICE int g_at(int i, int j) const { return i <= j ? i * ld + j + 1 : j * ld + i + 1; }
-  MMAE_DEVICE int a_at(int i, int j) const { return i >= j ? i * ld + j : j * ld + i; }
 
   // scale[r], keep[r] of rows first + r, r < rows_wanted; one warp per row.
   MMAE_DEVICE void scale_rows(int64_t first, int rows_wanted) {
@@ -201,45 +191,10 @@ struct SpectralBlock {
 
   // log det(I + cG); with `invert`, the lower triangle becomes -(I + cG)⁻¹.
   MMAE_DEVICE double factorize(T c, bool invert) {
-#pragma unroll 1
-    for (int i = warp; i < k; i += warps)
-#pragma unroll 1
-      for (int j = lane; j <= i; j += kWarp) {
-        const T a = c * square[j * ld + i + 1] + (i == j ? T(1) : T(0));
-        square[i * ld + j] = a;
-        if (j == 0) column[i] = a;
-      }
-    __syncthreads();  // A and its first column are complete
-    for (int p = 0; p < k; ++p) {
-      const int u = p % 2 * k, next = k - u;
-      T head = column[u + p];
-      if (head < T(1)) head = head > T(0.5) ? T(1) : quiet_nan<T>();  // NaN stays
-      const T inverse = T(1) / head;
-      if (t == 0) pivot[p] = head;
-      const int start = invert ? 0 : p + 1;
-      for (int i = start + warp; i < k; i += warps) {
-        const T ui = column[u + i] * inverse;
-        for (int j = start + lane; j <= i; j += kWarp) {
-          T a;
-          if (i == p)
-            a = j == p ? -inverse : column[u + j] * inverse;
-          else if (j == p)
-            a = ui;
-          else
-            a = square[i * ld + j] - ui * column[u + j];
-          square[i * ld + j] = a;
-          if (j == p + 1)
-            column[next + i] = a;
-          else if (i == p + 1)
-            column[next + j] = a;
-        }
-      }
-      __syncthreads();  // the next pivot column is complete, and this one has been read
-    }
-    double part = 0;
-#pragma unroll 1
-    for (int i = t; i < k; i += int(blockDim.x)) part += log(double(pivot[i]));
-    return block_reduce(part, Sum{}, partial);
+    const auto entry = [&](int i, int j) {
+      return c * square[j * ld + i + 1] + (i == j ? T(1) : T(0));
+    };
+    return sweep<T>(k, square, SquareRows{ld}, entry, invert, column, pivot, partial);
   }
 
   // ||G||², float64.
@@ -268,64 +223,14 @@ struct SpectralBlock {
 
   // Weight (k, k) from V = factor · (lower triangle).
   MMAE_DEVICE void fold(T factor, T* weight) {
-    if (!samples) {
-      factor *= 2 * common * common;
-#pragma unroll 1
-      for (int i = warp; i < k; i += warps)
-#pragma unroll 1
-        for (int j = lane; j < k; j += kWarp) weight[i * k + j] = factor * square[a_at(i, j)];
-      return;
-    }
-    T grand = 0;
-    if (center) {
-      double total = 0;  // sum of the row means; lane 0 of each warp holds its rows'
-#pragma unroll 1
-      for (int i = warp; i < k; i += warps) {
-        double sum = 0;
-#pragma unroll 1
-        for (int j = lane; j < k; j += kWarp)
-          if (keep[j] != T(0)) sum += factor * square[a_at(i, j)];
-        sum = warp_reduce(sum, Sum{});
-        if (lane == 0) {
-          const T row_mean = count > 0 ? T(sum / count) : T(0);
-          column[i] = row_mean;
-          if (keep[i] != T(0)) total += row_mean;
-        }
-      }
-      total = block_reduce(total, Sum{}, partial);  // its barriers also complete `column`
-      grand = count > 0 ? T(total / count) : T(0);
-    }
-#pragma unroll 1
-    for (int i = warp; i < k; i += warps) {
-      double projection = 0;
-      if (normalize) {
-#pragma unroll 1
-        for (int j = lane; j < k; j += kWarp) {
-          T g = square[g_at(i, j)];
-          if (center) g += along[j];
-          projection += double(folded(factor, grand, i, j)) * g;
-        }
-        projection = warp_reduce(projection, Sum{});
-      }
-      const T left = 2 * scale[i];
-#pragma unroll 1
-      for (int j = lane; j < k; j += kWarp) {
-        T v = folded(factor, grand, i, j);
-        if (i == j) v -= T(projection);
-        weight[i * k + j] = left * scale[j] * v;
-      }
-    }
-  }
-
-  // C_ij.
-  MMAE_DEVICE T folded(T factor, T grand, int i, int j) const {
-    const T v = factor * square[a_at(i, j)];
-    if (!center) return v;
-    return keep[i] * keep[j] * (v - column[i] - column[j] + grand);
-  }
-
-  MMAE_DEVICE void fill(T x, T* weight) {
-    for (int e = t; e < k * k; e += int(blockDim.x)) weight[e] = x;
+    const SquareRows row{ld};
+    const auto v = [&](int i, int j) { return factor * square[lower(row, i, j)]; };
+    if (!samples) return write_matrix<T>(k, 2 * common * common, v, weight);
+    const RowData<T> data{k, normalize, center, count, scale, keep, along, column, partial};
+    const auto g = [&](int i, int j) {
+      return T(square[i <= j ? i * ld + j + 1 : j * ld + i + 1]);
+    };
+    fold_samples<T>(data, v, g, weight);
   }
 };
 
@@ -356,7 +261,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     factor = -T(c);
   } else if (tau == 0) {  // no rows, or only zero rows: entropy 0 by convention
     if (block.t == 0) value[index] = 0;
-    if (weight) block.fill(T(0), weight);
+    if (weight) fill(weight, int64_t(plan.k) * plan.k, T(0));
     return;
   } else if (is_finite(tau)) {
     const double norm2 = block.square_norm();
@@ -369,7 +274,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (good)
     block.fold(factor, weight);
   else
-    block.fill(quiet_nan<T>(), weight);
+    fill(weight, int64_t(plan.k) * plan.k, quiet_nan<T>());
 }
 
 }  // namespace cuda

@@ -20,10 +20,9 @@ from mmae_fast.data.sources import HUGGING_FACE, open_source, part_of
 __all__ = [
     "ImageData",
     "Unavailable",
-    "is_pack",
+    "decoded_now",
     "load_data",
     "load_demo_data",
-    "part_of",
     "save_skipped",
 ]
 
@@ -56,6 +55,11 @@ def load_data(config: DataConfig) -> tuple[ImageData, ImageData | None]:
         if labelled and train.classes[: len(test.classes)] != test.classes:
             raise UserError(f"training and test images differ in their classes ({config.train})")
     return train, test
+
+
+def decoded_now(source: str) -> bool:
+    """Whether images come as files, which can be made any size: not a built-in set, nor a pack."""
+    return source not in BUILT_IN and not is_pack(part_of(Path(source).expanduser(), "train"))
 
 
 def _load(source: str, split: str, config: DataConfig) -> ImageData:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmae_fast.config import UserError
 
@@ -71,10 +71,10 @@ def decode(data: Data, spec: Spec) -> Decoded:
             planes, deep = [_convert(image, spec.channels)], None
         else:
             planes, deep = _split(image, spec)
-    except (Undecodable, UserError):
+    except UserError:
         raise
     except Exception as error:  # decoders raise anything on damaged files
-        raise Undecodable(str(error).strip() or type(error).__name__) from error
+        raise Undecodable(reason(error)) from error
 
     height, width = planes[0].height, planes[0].width
     if (height, width) != spec.size:
@@ -120,6 +120,13 @@ def open_image(data: Data, size: tuple[int, int] | None = None) -> Image.Image |
     if array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(f"an array of shape {array.shape}, not (H, W) or (H, W, C)")
     return array if array.ndim == 3 else array[:, :, None]
+
+
+def reason(error: Exception) -> str:
+    """Why an image could not be opened, in one line."""
+    if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory
+        return "no image of a known format"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def natural(image: Image.Image | np.ndarray) -> tuple[tuple[int, int], int]:

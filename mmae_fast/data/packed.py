@@ -14,7 +14,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +25,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from mmae_fast.config import PackConfig, UserError, to_dict
+from mmae_fast.config import PackConfig, UserError
 from mmae_fast.data.builtin import BUILT_IN
+from mmae_fast.data.decode import Spec
 from mmae_fast.data.images import ImageData, histogram
 from mmae_fast.data.reading import Tally, check_labels, decode_all, make_spec
-from mmae_fast.data.sources import Source, from_images, open_source
+from mmae_fast.data.sources import Source, from_images, open_source, part_of
 from mmae_fast.progress import Board
 
 FORMAT = "mmae_fast pack 1"
@@ -59,73 +62,83 @@ class _Progress:
 
 
 def write_pack(config: PackConfig) -> Path:
-    """Decode a source into a pack, or finish one that was interrupted.
-
-    Raises: UserError: what the sources raise; the pack exists; an interrupted one of other images
-        or options, or in the hands of another process.
-    """
-    out = config.out.expanduser()
-    if out.exists():
-        raise UserError(f"{out} exists; remove it, or choose another folder")
+    """Decode what the configuration names into a pack, see ``pack_source``."""
+    path = part_of(Path(config.source).expanduser(), config.split)
+    if is_pack(path):
+        raise UserError(f"{path} is a pack already; pack what it was made from")
     if config.source in BUILT_IN:
         source = from_images(BUILT_IN[config.source](config.split, config.cache.expanduser()))
     else:
         source = open_source(config.source, config.split)
     spec = make_spec(source, config.img_size, config.in_chans, config.value_range)
-    options = {k: v for k, v in to_dict(config).items() if k not in ("out", "cache")}
-    key = json.dumps([options, asdict(spec), source.identity, len(source.samples)])
+    return pack_source(source, spec, config.out.expanduser(), config.strict)
 
+
+def pack_source(source: Source, spec: Spec, out: Path, strict: bool = False) -> Path:
+    """Decode a source into a pack, or finish one that was interrupted.
+
+    Raises: UserError: what decoding raises; the pack exists; an interrupted one of other images or
+        options, or in the hands of another process.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; remove it, or choose another folder")
+    key = json.dumps([asdict(spec), strict, source.origin, source.identity, len(source.samples)])
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / IMAGES).open("a+b") as images, (partial / LABELS).open("a+b") as labels:
         _lock(images, partial)
-        progress = _read_progress(partial, hashlib.sha256(key.encode()).hexdigest())
+        progress = _read_progress(partial, _sha256(key.encode()))
         image_bytes = spec.channels * spec.size[0] * spec.size[1]
         _cut(images, progress.count * image_bytes)
         _cut(labels, progress.count * 8)
-        tally = Tally(source, spec, config.strict)
+        tally = Tally(source, spec, strict)
         tally.skipped, tally.low, tally.high = progress.skipped, progress.low, progress.high
         if progress.read:
             print(f"Going on after {progress.read:,} of {len(source.samples):,} images", flush=True)
         with Board() as board:
             task = board.task("Packing")
             task.start(len(source.samples), progress.read)
-            for block in _blocks(source, spec, tally, progress.read, block_images(image_bytes)):
+            for block in _blocks(source, spec, tally, progress.read):
                 _append(images, labels, partial, progress, tally, block)
                 task.advance(block[2])
                 task.say(f"{progress.count:,} images")
         labels.seek(0)
         known = check_labels(np.frombuffer(labels.read(), np.int64).tolist(), tally)
-    for line in tally.report():
-        print(line, flush=True)
+        for line in tally.report():
+            print(line, flush=True)
+        if known is None:
+            (partial / LABELS).unlink()
+        (partial / SKIPPED).write_text("".join(f"{name}\t{why}\n" for name, why in tally.skipped))
+        _write_manifest(partial, tally, progress)
+        (partial / PROGRESS).unlink()
+        os.rename(partial, out)
+    return out
 
-    if known is None:
-        (partial / LABELS).unlink()
-    (partial / SKIPPED).write_text("".join(f"{name}\t{why}\n" for name, why in tally.skipped))
-    small = [name for name in (LABELS, SKIPPED) if (partial / name).exists()]
+
+def _write_manifest(folder: Path, tally: Tally, progress: _Progress) -> None:
+    source, spec = tally.source, tally.spec
+    small = [name for name in (LABELS, SKIPPED) if (folder / name).exists()]
     content = {
         "format": FORMAT,
         "count": progress.count,
         "shape": [spec.channels, *spec.size],
         "classes": list(source.classes),
         "origin": source.origin,
-        "options": options,
+        "options": asdict(spec) | {"strict": tally.strict},
         "skipped": len(tally.skipped),
         "values": [tally.low, tally.high] if tally.low <= tally.high else None,
         "histogram": progress.histogram,
-        "files": {name: _sha256((partial / name).read_bytes()) for name in small},
-        "block_images": block_images(image_bytes),
+        "files": {name: _sha256((folder / name).read_bytes()) for name in small},
+        "block_images": block_images(spec),
         "blocks": progress.blocks,
     }
+    content = json.loads(json.dumps(content))  # tuples become lists, as they are read
     content["manifest"] = _sha256(json.dumps(content).encode())
-    _write_durably(partial / MANIFEST, json.dumps(content, indent=1))
-    (partial / PROGRESS).unlink()
-    os.rename(partial, out)
-    return out
+    _write_durably(folder / MANIFEST, json.dumps(content, indent=1))
 
 
-def block_images(image_bytes: int) -> int:
-    return max(1, BLOCK_BYTES // image_bytes)
+def block_images(spec: Spec) -> int:
+    return max(1, BLOCK_BYTES // (spec.channels * spec.size[0] * spec.size[1]))
 
 
 def _lock(file: BinaryIO, folder: Path) -> None:
@@ -158,14 +171,14 @@ def _cut(file: BinaryIO, size: int) -> None:
 Block = tuple[list[np.ndarray], list[int], int]  # images, labels, samples read for them
 
 
-def _blocks(source: Source, spec: Any, tally: Tally, start: int, size: int) -> Iterator[Block]:
+def _blocks(source: Source, spec: Spec, tally: Tally, start: int) -> Iterator[Block]:
     images, labels, read = [], [], 0
     for sample, result in decode_all(source, spec, start):
         read += 1
         if tally.add(sample, result):
             images.append(result.pixels)
             labels.append(sample.label)
-        if len(images) == size:
+        if len(images) == block_images(spec):
             yield images, labels, read
             images, labels, read = [], [], 0
     if read:
@@ -234,26 +247,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def open_pack(path: Path) -> ImageData:
-    """Images of a pack, memory-mapped: read from the disk as they are used.
+    """Images of a pack, memory-mapped: read from the disk as they are used. They cannot be written
+    to: that would end the process.
 
     Raises: UserError: truncated or altered files, named. The images of packs of more than 1 GiB
         are not read for that, only their number is checked; ``verify_pack`` reads them.
     """
     manifest = read_manifest(path)
     shape = (manifest["count"], *manifest["shape"])
-    size = int(np.prod(shape))
-    whole = size <= VERIFY_BYTES
+    whole = math.prod(shape) <= VERIFY_BYTES
     verify_pack(path, manifest, images=whole)
-    images = torch.from_file(str(path / IMAGES), shared=False, size=size, dtype=torch.uint8)
+    # Read-only and shared, so that the system lets a file larger than its memory be mapped.
+    mapped = np.memmap(path / IMAGES, np.uint8, "r", shape=shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        images = torch.from_numpy(mapped)
     labels = None
     if LABELS in manifest["files"]:
         labels = torch.from_numpy(np.fromfile(path / LABELS, np.int64))
     checked = "checksums verified" if whole else "sizes verified"
     return ImageData(
-        images.view(shape),
+        images,
         labels,
         tuple(manifest["classes"]),
-        f"{path} ({len(images.view(shape)):,} images packed from {manifest['origin']}, {checked})",
+        f"{path} ({manifest['count']:,} images packed from {manifest['origin']}, {checked})",
         histogram=torch.tensor(manifest["histogram"]),
     )
 
@@ -271,7 +288,7 @@ def verify_pack(path: Path, manifest: dict[str, Any] | None = None, images: bool
         if _sha256(file.read_bytes()) != expected:
             raise UserError(f"{file} was altered: its checksum does not fit")
     file, count = path / IMAGES, manifest["count"]
-    image_bytes = int(np.prod(manifest["shape"]))
+    image_bytes = math.prod(manifest["shape"])
     if not file.exists():
         raise UserError(f"{file} is missing")
     size = file.stat().st_size
@@ -295,11 +312,10 @@ def describe_pack(path: Path) -> str:
     """What a pack holds, in lines for the screen."""
     manifest = read_manifest(path)
     channels, height, width = manifest["shape"]
-    count = manifest["count"]
-    classes = manifest["classes"]
+    count, classes = manifest["count"], manifest["classes"]
+    size = f"{height}x{width}, {channels} channel{'s' if channels > 1 else ''}, uint8"
     lines = [
-        f"{count:,} images of {height}x{width}, {channels} channels, uint8: "
-        f"{count * channels * height * width / 2**20:,.1f} MiB",
+        f"{count:,} images of {size}: {count * channels * height * width / 2**20:,.1f} MiB",
         f"from {manifest['origin']}",
         f"{len(classes)} classes: {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}"
         if LABELS in manifest["files"]

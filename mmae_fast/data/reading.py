@@ -13,7 +13,15 @@ import numpy as np
 import torch
 
 from mmae_fast.config import UserError
-from mmae_fast.data.decode import Decoded, Spec, Undecodable, decode, natural, open_image
+from mmae_fast.data.decode import (
+    Decoded,
+    Spec,
+    Undecodable,
+    decode,
+    natural,
+    open_image,
+    reason,
+)
 from mmae_fast.data.images import ImageData
 from mmae_fast.data.sources import Sample, Source
 
@@ -47,7 +55,7 @@ def _first(source: Source) -> tuple[tuple[int, int], int]:
                 raise sample.data
             return natural(open_image(sample.data))
         except Exception as error:  # decoders raise anything on damaged files
-            failed = failed or f"{sample.name}: {error}"
+            failed = failed or f"{sample.name}: {reason(error)}"
     raise UserError(f"no image of {source.origin} can be decoded, e.g. {failed}")
 
 

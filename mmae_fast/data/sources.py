@@ -56,7 +56,8 @@ def open_source(name: str, split: str = "train") -> Source:
         return tar_shards([path], str(path))
     if path.suffix == ".npz":
         return packed_jpegs(path)
-    raise UserError(f"{path} is neither a folder nor a .tar or packed .npz file")
+    kind = "neither a folder nor a .tar or packed .npz file" if path.exists() else "missing"
+    raise UserError(f"{path} is {kind}")
 
 
 def part_of(path: Path, split: str) -> Path:
@@ -187,8 +188,8 @@ def packed_jpegs(path: Path) -> Source:
 
 
 def hugging_face(name: str, split: str) -> Source:
-    """A data set of the hub, or a folder that ``save_to_disk`` wrote; its first column of images,
-    and of class labels where there is one."""
+    """A data set of the hub, a local copy of it, or a folder that ``save_to_disk`` wrote; its first
+    column of images, and of class labels where there is one."""
     try:
         import datasets
     except ImportError as error:
@@ -196,11 +197,12 @@ def hugging_face(name: str, split: str) -> Source:
             f"{HUGGING_FACE}{name} needs the package datasets: pip install 'mmae_fast[hf]'"
         ) from error
     try:
-        if Path(name).expanduser().is_dir():
-            found = datasets.load_from_disk(str(Path(name).expanduser()))
+        path = Path(name).expanduser()
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            found = datasets.load_from_disk(str(path))
             found = found[split] if isinstance(found, dict) else found
         else:
-            found = datasets.load_dataset(name, split=split)
+            found = datasets.load_dataset(str(path) if path.is_dir() else name, split=split)
     except Exception as error:  # whatever the hub or the files raise
         raise UserError(f"{HUGGING_FACE}{name}, split {split}: {error}") from error
     columns = found.features.items()

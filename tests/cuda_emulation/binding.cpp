@@ -50,13 +50,24 @@ Launches run(const Features& f, unsigned seed, const F& body) {
   return launch.launches;
 }
 
-Launches spectral(const Features& f, bool coding_rate, double scale, uintptr_t value,
-                  uintptr_t weight, unsigned seed) {
-  const cuda::Quantity quantity =
-      coding_rate ? cuda::Quantity::kCodingRate : cuda::Quantity::kRenyi2;
+Launches measure(const Features& f, bool is_rate, double scale, double alpha, uintptr_t value,
+                 uintptr_t weight, std::array<uintptr_t, 5> scratch, unsigned seed) {
+  const cuda::Measure m{is_rate, scale, alpha};
+  const cuda::Scratch s{pointer<void>(scratch[0]), pointer<void>(scratch[1]),
+                        pointer<void>(scratch[2]), pointer<void>(scratch[3]),
+                        pointer<void>(scratch[4])};
   return run(f, seed, [&](auto& launch, auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    cuda::launch_spectral<T>(launch, f, quantity, scale, pointer<T>(value), pointer<T>(weight));
+    cuda::launch_measure<T>(launch, f, m, pointer<T>(value), pointer<T>(weight), s);
+  });
+}
+
+Launches gram_entropy(const Features& f, double alpha, uintptr_t value, uintptr_t weight,
+                      unsigned seed) {
+  return run(f, seed, [&](auto& launch, auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    cuda::launch_gram_entropy<T>(launch, f.batch, f.n, static_cast<const T*>(f.z), alpha,
+                                 pointer<T>(value), pointer<T>(weight));
   });
 }
 
@@ -96,30 +107,51 @@ std::vector<float> reverse(Fault fault, unsigned seed) {
   return out;
 }
 
-py::dict spectral_plan(int64_t k, bool is_double) {
-  const cuda::SpectralPlan p = cuda::spectral_plan(k, is_double);
-  py::dict plan;
-  plan["k"] = p.k;
-  plan["ld"] = p.ld;
-  plan["width"] = p.width;
-  plan["tile"] = p.tile;
-  plan["threads"] = p.threads;
-  plan["shared_bytes"] = p.shared_bytes;
-  return plan;
+// One row of the plans of the kernels that take one matrix per block.
+py::dict plan(cuda::Kernel kernel, int64_t k, bool is_double) {
+  py::dict row;
+  row["shared_bytes"] = cuda::shared_bytes(kernel, k, is_double);
+  if (kernel == cuda::Kernel::kSpectral) {
+    const cuda::SpectralPlan p = cuda::spectral_plan(k, is_double);
+    row["threads"] = p.threads;
+    row["ld"] = p.ld;
+    row["width"] = p.width;
+    row["tile"] = p.tile;
+  } else if (kernel == cuda::Kernel::kJacobi) {
+    const cuda::JacobiPlan p = cuda::jacobi_plan(k, is_double);
+    row["threads"] = p.threads;
+    row["ld"] = p.ld;
+    row["lanes"] = p.lanes;
+  } else {
+    row["threads"] = cuda::kPackedThreads;
+  }
+  return row;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(MODULE_NAME, m) {
   py::class_<Features>(m, "Features").def(py::init(&features));
-  m.def("spectral", &spectral);
+  m.def("measure", &measure);
+  m.def("gram_entropy", &gram_entropy);
   m.def("gram", &gram);
   m.def("weight_bwd", &weight_bwd);
-  m.def("spectral_plan", &spectral_plan);
+  py::enum_<cuda::Kernel>(m, "Kernel")
+      .value("spectral", cuda::Kernel::kSpectral)
+      .value("packed_rate", cuda::Kernel::kPackedRate)
+      .value("packed_renyi2", cuda::Kernel::kPackedRenyi2)
+      .value("jacobi", cuda::Kernel::kJacobi);
+  m.def("plan", &plan);
+  m.def("needs_scratch", [](bool is_rate, double alpha, int64_t k, bool is_double) {
+    return !cuda::is_fused({is_rate, 0, alpha}, k, is_double);
+  });
   m.def("product_shared_bytes", [](bool d) { return cuda::product_plan(d).shared_bytes; });
   m.def("rows_shared_bytes",
         [](int64_t d, bool f64) { return cuda::rows_plan(d, f64).shared_bytes; });
-  m.def("max_order", &cuda::max_order);
+  m.def("max_order", [](bool is_rate, double alpha, bool is_double, int shared) {
+    return cuda::max_order(cuda::kernel_of({is_rate, 0, alpha}), is_double, shared);
+  });
+  m.attr("entries_per_lane") = cuda::JacobiPlan::kEntries;
   m.def("barriers", []() { return emulation::block().barriers; });
   m.def("skip_barrier", [](std::string where) { emulation::block().skipped = where; });
   py::enum_<Fault>(m, "Fault")

@@ -27,6 +27,7 @@
 #define __launch_bounds__(...)
 #define __syncthreads() emulation::barrier(__FILE__, __LINE__)
 #define __shfl_xor_sync(mask, x, lane) emulation::shuffle_xor(x, lane)
+#define __reduce_max_sync(mask, x) emulation::reduce_max(x)
 #define threadIdx (emulation::thread_index())
 #define blockIdx (emulation::block().block_index)
 #define blockDim (emulation::block().block_size)
@@ -119,6 +120,11 @@ inline double shuffle_xor(double x, int lane) {
   b.exchange[set + me] = x;
   wait(Fiber::kAtShuffle, "shuffle");
   return b.exchange[set + (me ^ lane)];
+}
+
+inline uint32_t reduce_max(uint32_t x) {
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) x = std::max(x, uint32_t(shuffle_xor(x, lane)));
+  return x;
 }
 
 inline void run_fiber() {

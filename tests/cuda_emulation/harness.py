@@ -74,6 +74,7 @@ class Ops:
 
     def __init__(self, seed=0):
         self.seed = seed
+        self.shared = 227 * 1024  # bytes that a block of the GPU in mind may have
         self.launches = []  # (blocks, threads, shared bytes) of every kernel
 
     def describe(self, z, mask, normalize, center):
@@ -87,25 +88,43 @@ class Ops:
         dtype = dtype or reference.accumulation_dtype(z.dtype)
         return Output(z.shape[:-2] + shape, dtype)
 
-    def spectral(self, is_rate, scale, z, mask, normalize, center, need_weight):
-        k = min(z.shape[-2:])
+    def measure(self, is_rate, scale, alpha, z, mask, normalize, center, need_weight):
+        n, d = z.shape[-2:]
+        k = min(n, d)
         value, weight = self.output(z), self.output(z, k, k)
-        self.launches += emulator().spectral(
+        parts = ((k, k), (n,), (d,), (n,), (1,))
+        if not emulator().needs_scratch(is_rate, alpha, k, z.dtype == torch.float64):
+            parts = ()
+        scratch = [self.output(z, *part) for part in parts]
+        self.launches += emulator().measure(
             self.describe(z, mask, normalize, center),
             is_rate,
             scale,
+            alpha,
             value.address(),
             # A batch of 0 x 0 weights has no address; any but null says that it is wanted.
             (weight.address() or 1) if need_weight else 0,
+            [part.address() for part in scratch] or [0] * 5,
             self.seed,
         )
+        for part in scratch:
+            part.finished(written=False)
         return value.finished(), weight.finished() if need_weight else z.new_empty(0)
 
     def cuda_coding_rate(self, z, mask, scale, normalize, center, need_weight):
-        return self.spectral(True, scale, z, mask, normalize, center, need_weight)
+        return self.measure(True, scale, 0.0, z, mask, normalize, center, need_weight)
 
-    def cuda_renyi2(self, z, mask, normalize, center, need_weight):
-        return self.spectral(False, 0.0, z, mask, normalize, center, need_weight)
+    def cuda_entropy(self, z, mask, alpha, normalize, center, need_weight):
+        return self.measure(False, 0.0, alpha, z, mask, normalize, center, need_weight)
+
+    def cuda_gram_entropy(self, g, alpha, need_weight):
+        assert g.is_contiguous()
+        k = g.shape[-1]
+        value, weight = self.output(g), self.output(g, k, k)
+        f = self.describe(g, None, False, False)
+        wanted = (weight.address() or 1) if need_weight else 0
+        self.launches += emulator().gram_entropy(f, alpha, value.address(), wanted, self.seed)
+        return value.finished(), weight.finished() if need_weight else g.new_empty(0)
 
     def cuda_gram(self, z, mask, samples, normalize, center):
         n, d = z.shape[-2:]
@@ -130,5 +149,5 @@ class Ops:
         scale.finished(written=False), mean.finished(written=False)
         return grad_z.finished()
 
-    def cuda_max_order(self, is_double):
-        return emulator().max_order(is_double)
+    def cuda_max_order(self, is_rate, alpha, is_double, device):
+        return emulator().max_order(is_rate, alpha, is_double, self.shared)

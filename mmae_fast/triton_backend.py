@@ -1,0 +1,197 @@
+"""The Triton backend: kernels/ for products and batches of small factors, PyTorch's libraries else.
+
+| quantity       | Triton kernel                                  | PyTorch (torch_backend.py)        |
+|----------------|------------------------------------------------|-----------------------------------|
+| coding rate    | k = min(n, d) <= MAX_ORDER, Gram matrix above  | Cholesky factor of larger ones    |
+| alpha = 2      | every k; nothing k x k without a gradient      | -                                 |
+| other alpha    | Gram matrix                                    | eigenvalues                       |
+| Gram, gradient | every size, either side                        | -                                 |
+| float64        | -                                              | all: tensor cores are what the    |
+|                |                                                | kernels are for                   |
+
+The kernels only enqueue work: no host synchronisation, nothing that depends on values, so that CUDA
+graphs can capture them once they are compiled (call once before the capture); no float atomics, so
+that runs agree bitwise. Besides results they need O(n + d) numbers, and the workspaces that
+kernels/gram.py and product.py state; a batch whose leading strides do not merge is copied.
+"""
+
+import torch
+
+from . import torch_backend
+from .kernels import coding_rate as small
+from .kernels import gram as grams
+from .kernels import product, rows
+from .torch_backend import (  # noqa: F401 - the backend's own
+    GramParts,
+    full_precision,
+    gram_coding_rate_fwd,
+    gram_entropy_fwd,
+    gram_rational_entropy_fwd,
+    matrix_log_bwd,
+    matrix_log_fwd,
+)
+
+# The largest k that one block's registers hold without spilling; see kernels/configs.py.
+MAX_ORDER = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
+
+
+def served(z) -> bool:
+    """float64 and empty features are PyTorch's."""
+    return z.dtype != torch.float64 and z.numel() > 0
+
+
+def flat(z, mask):
+    """One batch dimension for z (..., n, d) and mask (..., n)."""
+    batch = z.shape[:-2].numel()
+    z = z.reshape(batch, *z.shape[-2:])
+    return z, None if mask is None else mask.reshape(batch, -1).contiguous()
+
+
+def row_parts(z, mask, normalize, center, in_range=False):
+    """Row scale (batch, n), and mean row (batch, d) if centred."""
+    scale = rows.row_scale(z, mask, normalize, in_range)
+    return scale, rows.mean_row(z, scale, mask) if center else None
+
+
+def fold(v, g, scale, mean, z, mask, normalize):
+    """V -> W' on the samples side, (batch, n, n): torch_backend.fold without a copy of z."""
+    dots = None
+    if mean is not None:
+        dots = rows.mean_dots(z, scale, mean, mask) if normalize else None
+        kept = torch.ones_like(scale) if mask is None else mask.to(v.dtype)
+        count = kept.sum(-1).clamp(min=1)[..., None, None]
+        for side in (-1, -2):
+            v = v - (v * kept.unsqueeze(-3 - side)).sum(side, keepdim=True) / count
+        v = v * kept.unsqueeze(-1) * kept.unsqueeze(-2)
+    if normalize:
+        s = torch.linalg.vecdot(v, g)
+        if dots is not None:
+            s = s + (v @ dots.unsqueeze(-1)).squeeze(-1)
+        v.diagonal(dim1=-2, dim2=-1).sub_(s)
+    return v.mul_(2 * scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
+
+
+@full_precision
+def gram(z, mask, samples, normalize, center) -> GramParts:
+    if not served(z):
+        return torch_backend.gram(z, mask, samples, normalize, center)
+    shape, (z, mask) = z.shape, flat(z, mask)
+    scale, mean = row_parts(z, mask, normalize, center)
+    g, _ = grams.gram(z, scale, mean, mask, samples, unit=normalize)
+    mean = scale.new_zeros(z.shape[0], z.shape[2]) if mean is None else mean
+    return GramParts(*(x.reshape(shape[:-2] + x.shape[1:]) for x in (g, scale, mean)))
+
+
+@full_precision
+def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
+    if not served(z):
+        return torch_backend.coding_rate_fwd(z, mask, scale, normalize, center, need_weight)
+    batch, (z, mask) = z.shape[:-2], flat(z, mask)
+    n, d = z.shape[1:]
+    samples = n <= d
+    s, mean = row_parts(z, mask, normalize, center)
+    if min(n, d) <= MAX_ORDER[z.dtype]:
+        value, weight, g = small.coding_rate(
+            z, s, mean, mask, scale, samples, normalize, need_weight
+        )
+        folded = g is None
+    else:
+        full = need_weight and samples  # the factor reads one triangle
+        g, _ = grams.gram(z, s, mean, mask, samples, unit=normalize, full=full)
+        value, weight = torch_backend.coding_rate_of_gram(g, scale, need_weight)
+        folded = False
+    if need_weight and not folded:
+        weight = fold(weight, g, s, mean, z, mask, normalize) if samples else weight.mul_(2)
+    if need_weight:
+        weight = weight.reshape(*batch, *weight.shape[1:])
+    return value.reshape(batch), weight
+
+
+@full_precision
+def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
+    arguments = (mask, alpha, normalize, center, need_weight)
+    if not served(z):
+        return torch_backend.matrix_entropy_fwd(z, *arguments)
+    batch, (z, mask) = z.shape[:-2], flat(z, mask)
+    samples = z.shape[1] <= z.shape[2]
+    # Without normalisation one factor per matrix keeps squares in range; entropies do not see it.
+    scale, mean = row_parts(z, mask, normalize, center, in_range=True)
+    store = need_weight or alpha != 2
+    g, moments = grams.gram(
+        z, scale, mean, mask, samples, unit=normalize, store=store, moments=alpha == 2
+    )
+    if alpha == 2:
+        h, v = renyi2(g, *moments.unbind(-1), need_weight)
+    else:
+        h, v = torch_backend.entropy_of_gram(g, alpha, need_weight)
+    if not need_weight:
+        return h.reshape(batch), None
+    if samples:
+        v = fold(v, g, scale, mean, z, mask, normalize)
+    else:
+        v = v.mul_(2) if normalize else v.mul_(2 * scale.amax(-1).square()[:, None, None])
+    return h.reshape(batch), v.reshape(*batch, *v.shape[1:])
+
+
+def renyi2(g, square, trace, need_weight):
+    """H_2 and V = 2 / tr G · I - 2 G / ||G||² from the moments (batch,), float64."""
+    empty = trace == 0
+    tau, square = torch.where(empty, 1, trace), torch.where(empty, 1, square)
+    h = torch.where(empty, 0, 2 * tau.log() - square.log()) + (trace - trace)
+    if not need_weight:
+        return h.float(), None
+    v = g * torch.where(empty, 0, -2 / square).float()[:, None, None]
+    v.diagonal(dim1=-2, dim2=-1).add_(torch.where(empty, 0, 2 / tau).float().unsqueeze(-1))
+    return h.float(), v
+
+
+@full_precision
+def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
+    arguments = (z, mask, alpha, normalize, center, need_weight)
+    return torch_backend.rational_entropy_fwd(*arguments, gram)
+
+
+def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
+    return torch_backend.joint_entropy_fwd(
+        z1, z2, mask, alpha, normalize, center, need_weight, gram
+    )
+
+
+def _product(grad, z, mask, weight, samples, normalize, center):
+    shape, (z, mask) = z.shape, flat(z, mask)
+    scale, mean = (None, None) if samples else row_parts(z, mask, normalize, center)
+    k = weight.shape[-1]
+    grad, weight = grad.reshape(-1).contiguous(), weight.reshape(-1, k, k).contiguous()
+    out = product.weight_product(grad, z, scale, mean, mask, weight, samples, normalize)
+    return out.reshape(shape)
+
+
+@full_precision
+def samples_bwd(grad, z, mask, weight):
+    if not served(z):
+        return torch_backend.samples_bwd(grad, z, mask, weight)
+    return _product(grad, z, mask, weight, True, False, False)
+
+
+@full_precision
+def weight_bwd(grad, z, mask, weight, normalize, center):
+    if not served(z):
+        return torch_backend.weight_bwd(grad, z, mask, weight, normalize, center)
+    samples = z.shape[-2] <= z.shape[-1]
+    return _product(grad, z, mask, weight, samples, normalize, center)
+
+
+@full_precision
+def gram_bwd(grad, z, mask, parts, samples, normalize, center):
+    if not served(z):
+        return torch_backend.gram_bwd(grad, z, mask, parts, samples, normalize, center)
+    v = (grad + grad.mT) / 2
+    if samples:
+        x, m = flat(z, mask)
+        k = v.shape[-1]
+        g, s, mean = (p.reshape(x.shape[0], *p.shape[z.dim() - 2 :]) for p in parts)
+        weight = fold(v.reshape(-1, k, k), g, s, mean if center else None, x, m, normalize)
+    else:
+        weight = v.mul_(2)
+    ones = weight.new_ones(z.shape[:-2])
+    return _product(ones, z, mask, weight, samples, normalize, center)
