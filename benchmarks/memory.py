@@ -55,9 +55,14 @@ class MemoryProbe:
             return None
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_resident() -> int:
+    """The most that it ever was."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _grow(shape: cases.Shape, quantity: str, direction: str, name: str) -> int:
@@ -71,9 +76,9 @@ def _grow(shape: cases.Shape, quantity: str, direction: str, name: str) -> int:
 
     call(cases.Shape(2, 8, 8, shape.dtype))()  # thread stacks, code pages
     ready = call(shape)
-    before = _resident()
+    before = resident()
     out = ready()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     del out
     return max(0, peak - before)
 

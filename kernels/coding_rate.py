@@ -1,25 +1,27 @@
-"""Batches of small coding rates: log det(I + X), X = cG, and the weight of the gradient in one block.
+"""Batches of small coding rates: log det(I + X), X = cG, and the gradient's weight in one block.
 
-One block per matrix, K x K numbers of it in registers (K the power of two that holds k): Gram matrix
-in the tensor cores, then k steps of the symmetric sweep, j = 0 ... k - 1:
+One block per matrix, BLOCK x BLOCK numbers of it in registers, BLOCK the power of two that holds k:
+Gram matrix in the tensor cores, then k steps of the symmetric sweep, j = 0 ... k - 1:
 
-    p = 1 + X_jj,   X_il -= X_ij X_jl / p,   row and column j /= p        (X_jj becomes X_jj / p)
+    p = 1 + X_jj,   X_il -= X_ij X_jl / p,   row and column j /= p,   X_jj = -1 / p
 
-**The identity is never stored**: of a pivot only X_jj is kept, so that a small X keeps the digits that
-1 + x would round away. log det = sum log(1 + X_jj) in float64, and X ends as I - (I + cG)⁻¹ =: Y: value
-and inverse of one pass over registers. (For a value alone row and column j need no care.)
+**The identity is never stored**: of a pivot only X_jj is kept, so that a small X keeps the digits
+that 1 + x would round away. log det = sum log(1 + X_jj) in float64, and X ends as -M,
+M = (I + cG)⁻¹: value and inverse of one pass over registers. (For a value alone, row and column j
+need no care.) The diagonal y of I - M has a recurrence of its own: y -= X_ij² / p, y_j = X_jj / p.
 
-The weight (torch_backend.py has the convention), V = c (I - Y):
-    features                        2 V; without the identity if normalised and not centred, where
-                                    the projection removes it: -2c Y keeps the digits of a small Y
-    samples, not normalised         2 V_il s_i s_l
-    samples, normalised             2 (V - Diag(s'))_il s_i s_l with s' = diag(VG), and the difference
-                                    c - cY_ii - Y_ii on the diagonal as t_i - cY_ii, t_i = sum X_ij² / p
-                                    over the steps, which cancels nothing
-    samples, centred                V and G, for the caller to fold
+The weight (torch_backend.py has the convention), V = c M:
+    features                  2 V; if normalised and not centred, where the projection removes
+                              multiples of the identity, 2 (V - c I) while M is near I: -c y keeps
+                              the digits of a small X
+    samples, not normalised   2 V_il s_i s_l
+    samples, normalised       2 (V - Diag(y))_il s_i s_l, since diag(VG) = y; on the diagonal
+                              c M_ii - y_i = t_i - c y_i, where t_i = sum_j X_ij² / p over the steps
+                              cancels nothing while M is near I
+    samples, centred          V and G, for the caller to fold
 
-Nothing but z, scale and mean is read, nothing but value and weight written. k² m flops + k³ on a block:
-bound by reading z at small k, by the k dependent steps above. Sizes: see configs.coding_rate.
+Nothing but z, scale and mean is read, nothing but value and weight written; k² m + k³ flops a
+block: bound by reading z at small k, by the k dependent steps above. Sizes: configs.coding_rate.
 """
 
 import torch
@@ -75,6 +77,7 @@ def _coding_rate_kernel(
     x *= c
     pivots = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
+    y = tl.sum(tl.where(i == l, x, 0.0), axis=1)
     for j in range(order):
         column = tl.sum(tl.where(l == j, x, 0.0), axis=1)
         row = tl.sum(tl.where(i == j, x, 0.0), axis=0)
@@ -84,11 +87,13 @@ def _coding_rate_kernel(
         root = tl.sqrt_rn(inverse)  # of both factors, so that x stays symmetric to the last bit
         column *= root
         row *= root
-        y = x - column[:, None] * row[None, :]
+        rest = x - column[:, None] * row[None, :]
         if WEIGHT:
             squares += column * column
-            y = tl.where((i == j) | (l == j), x * inverse, y)
-        x = y
+            y = tl.where(index == j, delta * inverse, y - column * column)
+            rest = tl.where((i == j) | (l == j), x * inverse, rest)
+            rest = tl.where((i == j) & (l == j), -inverse, rest)
+        x = rest
     p = 1.0 + pivots.to(tl.float64)
     logs = tl.where(p > 0, tl.log(tl.where(p > 0, p, 1.0)), float("nan"))
     tl.store(value + batch, tl.sum(logs, axis=0).to(tl.float32))
@@ -96,9 +101,11 @@ def _coding_rate_kernel(
         w = -c * x
         if NORMALIZE and not CENTER:
             if SAMPLES:
-                w = tl.where(i == l, w + squares[:, None], w)
-        else:
-            w = tl.where(i == l, w + c, w)
+                m = tl.sum(tl.where(i == l, w, 0.0), axis=1)
+                on_diagonal = tl.where(y < 0.5, squares - c * y, m - y)
+                w = tl.where(i == l, on_diagonal[:, None], w)
+            elif tl.max(y, axis=0) < 0.5:
+                w = tl.where(i == l, (-c * y)[:, None], w)
         if SAMPLES and CENTER:
             tl.store(weight + at, w, mask=stored)
         elif SAMPLES:

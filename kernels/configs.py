@@ -31,7 +31,7 @@ def architecture(index: int) -> int:
     if not torch.cuda.is_available():
         return 90
     major = torch.cuda.get_device_capability(index)[0]
-    return {8: 80, 9: 90}.get(major, 100)
+    return {9: 90, 10: 100}.get(major, 80)
 
 
 @functools.cache
@@ -43,10 +43,7 @@ def multiprocessors(index: int) -> int:
 
 
 def gram(dtype: torch.dtype, order: int, samples: bool, device: int) -> Config:
-    small = order <= 256
-    if dtype == torch.float32:
-        return Config(64, 32, 4, 3)
-    return Config(64, 64, 4, 3) if small else Config(128, 64, 8, 3)
+    return Config(64, 32, 4, 2)
 
 
 def product(dtype: torch.dtype, n: int, d: int, samples: bool, device: int) -> Config:
@@ -55,4 +52,4 @@ def product(dtype: torch.dtype, n: int, d: int, samples: bool, device: int) -> C
 
 def coding_rate(dtype: torch.dtype, order: int, device: int) -> Config:
     block = max(16, 1 << (order - 1).bit_length())
-    return Config(block, 32, {16: 1, 32: 2, 64: 8, 128: 16}[block], 2)
+    return Config(block, 32, {16: 1, 32: 2, 64: 4, 128: 8}[block], 3)

@@ -3,11 +3,11 @@
     samples   G_ij = x_i · x_j   (n, n)          features   G_ab = sum_i x_ia x_ib   (d, d)
     moments   sum_ij G_ij², tr G
 
-Fused: norms, mask and centring (tiles.py has the two ways); the diagonal of normalised rows, which is
-1 by definition; the moments, with nothing of size k x k stored if only they are wanted.
+Fused: norms, mask and centring (tiles.py says how); the diagonal of normalised rows, which is 1 by
+definition; the moments, with nothing of size k x k stored if only they are wanted.
 
-One block per tile of the lower triangle (program id -> split, matrix, tile; tiles.triangle_tile), no
-block above it. Fewer tiles than multiprocessors: the depth is split, partial tiles go to a workspace
+One block per tile of the lower triangle (program id -> split, matrix, tile; tiles.triangle_tile),
+none above it. Fewer tiles than multiprocessors: the depth is split, partial tiles go to a workspace
 of (splits, tiles) tiles, and a second kernel adds them in order, so that every run gives the same
 bits. The mirror image is written only if the full matrix is asked for.
 

@@ -4,13 +4,13 @@
     features   y = g x W',   grad z_i = (y_i - (ẑ_i · y_i) ẑ_i) s_i   (the projection: normalised)
 
 One block per tile of the result. On the samples side that is all: W' holds everything. On the
-features side the row of the result that ẑ_i · y_i is over lies in several tiles: each leaves its part
-in ``dots`` (n x tiles of a row), and a second kernel adds them in order and projects. y is float32: it
-is kept in the gradient itself where that is float32, else in a scratch of at most SCRATCH_BYTES,
-rows at a time.
+features side the row that ẑ_i · y_i is over lies in several tiles: each leaves its part in ``dots``
+(n x tiles of a row), and a second kernel adds them in order and projects. y is float32: it is kept
+in the gradient itself where that is float32, else in a scratch of SCRATCH_BYTES, rows at a time.
 
-2 k² m flops a matrix. float32 is multiplied as 3xTF32; 16-bit rows are exact in TF32, and W' is
-rounded to it (2^-11), where rounding it to z's dtype would cost more than everything else (2^-8).
+2 k² m flops a matrix. float32 is multiplied as 3xTF32. 16-bit z as TF32: z (and p_i z_i, tiles.py)
+is exact in it, W' is rounded to 2^-12, less than the gradient is on its way out; rounding W' to z's
+own bfloat16 would cost more than all else (2^-9).
 """
 
 import torch
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiles import dot, grouped_tile, kept_rows, narrow, raw_tile, row_tile
+from .tiles import dot, grouped_tile, kept_rows, narrow, power_below, raw_tile, row_tile
 
 SCRATCH_BYTES = 32 << 20
 
@@ -57,25 +57,32 @@ def _product_kernel(
                 kept = tl.load(mask + t, mask=kept, other=0) != 0
             read = (i < n)[:, None] & (t < n)[None, :]
             at = i[:, None].to(tl.int64) * n + t[None, :]
-            a = tl.load(weight + at, mask=read, other=0.0)
-            b = raw_tile(z, kept, t, c, d, stride_n, stride_d)
-            acc = dot(a, b.to(tl.float32), acc, PRECISION)
+            a = narrow(tl.load(weight + at, mask=read, other=0.0), tl.float32, PRECISION)
+            b = raw_tile(z, kept, t, c, d, stride_n, stride_d).to(tl.float32)
+            acc = dot(a, narrow(b, tl.float32, PRECISION), acc, PRECISION)
     else:
         weight += batch * d * d
         s, kept = kept_rows(scale, mask, i, n, CENTER, HAS_MASK)
+        f = s
+        if not CENTER:
+            f = power_below(s)
         for start in range(0, d, DEPTH):
             t = start + tl.arange(0, DEPTH)
-            a = row_tile(z, mean, s, kept, i, t, d, stride_n, stride_d, CENTER)
+            a = row_tile(z, mean, f, kept, i, t, d, stride_n, stride_d, CENTER)
             read = (t < d)[:, None] & (c < d)[None, :]
             at = t[:, None].to(tl.int64) * d + c[None, :]
-            acc = dot(a, tl.load(weight + at, mask=read, other=0.0), acc, PRECISION)
+            b = tl.load(weight + at, mask=read, other=0.0)
+            b = narrow(b, tl.float32, PRECISION)
+            acc = dot(narrow(a, tl.float32, PRECISION), b, acc, PRECISION)
+        if not CENTER:
+            acc *= (s / f)[:, None]
     acc *= tl.load(grad + batch)
     if PROJECT:
         x = row_tile(z, mean, s, s != 0, i, c, d, stride_n, stride_d, False)
         part = tl.sum(x * acc, axis=1)
         tl.store(dots + (batch * n + i) * columns + column, part, mask=i < n)
     at = i[:, None].to(tl.int64) * d + c[None, :]
-    tl.store(out + batch * stride_o + at, narrow(acc, out.dtype.element_ty), mask=inside)
+    tl.store(out + batch * stride_o + at, narrow(acc, out.dtype.element_ty, ""), mask=inside)
 
 
 @triton.jit
@@ -102,7 +109,7 @@ def _project_kernel(
     at = i[:, None].to(tl.int64) * d + c[None, :]
     value = tl.load(y + batch * stride_y + at, mask=inside, other=0.0)
     value = (value - along[:, None] * x) * s[:, None]
-    tl.store(out + batch * stride_o + at, narrow(value, out.dtype.element_ty), mask=inside)
+    tl.store(out + batch * stride_o + at, narrow(value, out.dtype.element_ty, ""), mask=inside)
 
 
 def _launch(z, scale, mean, mask, weight, grad, out, samples, project, precision, config):
@@ -120,7 +127,7 @@ def _launch(z, scale, mean, mask, weight, grad, out, samples, project, precision
     _product_kernel[(batch * rows * columns,)](
         z, *pointers, n, d, rows, columns, *z.stride(), spacing, y.stride(0),
         SAMPLES=samples, CENTER=mean is not None, HAS_MASK=mask is not None, PROJECT=project,
-        PRECISION=precision or ("tf32x3" if z.dtype == torch.float32 else "tf32"),
+        PRECISION=precision if z.dtype == torch.float32 else "tf32",
         BLOCK=config.block, DEPTH=config.depth, GROUP=8,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -142,7 +149,7 @@ def weight_product(
     samples: bool,
     normalize: bool,
     *,
-    precision: str | None = None,
+    precision: str = "tf32x3",
     config: configs.Config | None = None,
 ) -> Tensor:
     """Gradient (batch, n, d) of z, in z's dtype, from grad (batch,) and weight (batch, k, k).

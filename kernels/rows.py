@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import inverse_power, kept_rows, raw_tile, row_tile
+from .tiles import inverse_power, kept_rows, raw_tile, round_tf32, row_tile
 
 CHUNK_ROWS = 256  # rows that one block of the mean kernel sums
 
@@ -25,7 +25,7 @@ def _row_scale_kernel(
     scale,  # (batch, n)
     largest,  # (batch, n): max |z_i| of kept rows, written instead of scale if not NORMALIZE
     n, d, stride_b, stride_n, stride_d,
-    NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, TF32: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(n, BLOCK_N)
@@ -53,6 +53,8 @@ def _row_scale_kernel(
         columns = start + tl.arange(0, BLOCK_D)
         x = raw_tile(z, kept, rows, columns, d, stride_n, stride_d)
         x = x.to(tl.float32) * power[:, None]
+        if TF32:
+            x = round_tf32(x)
         square += tl.sum(x * x, axis=1)
     empty = square == 0
     s = tl.div_rn(power, tl.sqrt_rn(tl.where(empty, 1.0, square)))
@@ -112,11 +114,13 @@ def _blocks(d: int) -> tuple[int, int]:
     return 4096 // width, width
 
 
-def row_scale(z: Tensor, mask: Tensor | None, normalize: bool, in_range: bool = False) -> Tensor:
+def row_scale(
+    z: Tensor, mask: Tensor | None, normalize: bool, in_range: bool = False, tf32: bool = False
+) -> Tensor:
     """1 / row norm ``(batch, n)``; without normalisation 1, or with in_range 1 / max|z|.
 
-    That of a matrix with NaN or Inf is NaN with in_range. 0 for zero and dropped rows (without
-    normalisation: for dropped rows).
+    tf32: norms of the rows as TF32 rounds them. 0 for zero and dropped rows (without normalisation:
+    for dropped rows); NaN where there is NaN or Inf (with in_range: in all of that matrix).
     """
     batch, n, d = z.shape
     out = torch.empty(batch, n, dtype=torch.float32, device=z.device)
@@ -125,7 +129,8 @@ def row_scale(z: Tensor, mask: Tensor | None, normalize: bool, in_range: bool = 
     rows, columns = _blocks(d)
     _row_scale_kernel[(batch * triton.cdiv(n, rows),)](
         z, z if mask is None else mask, out, out, n, d, *z.stride(),
-        NORMALIZE=normalize, HAS_MASK=mask is not None, BLOCK_N=rows, BLOCK_D=columns, num_warps=4,
+        NORMALIZE=normalize, HAS_MASK=mask is not None, TF32=tf32,
+        BLOCK_N=rows, BLOCK_D=columns, num_warps=4,
     )  # fmt: skip
     if normalize:
         return out

@@ -1,8 +1,8 @@
 """What the kernels share: the triangle of tiles, exact row scales, the step of a Gram product.
 
-How rows x_i = s_i z_i - mean (s_i = 1 / ||z_i||, or a factor) reach the tensor cores at the accuracy
-of float32, with z float32 / 16-bit; p_i is the power of two below s_i, which rounds nothing and keeps
-every square in range:
+How rows x_i = s_i z_i - mean (s_i = 1 / ||z_i||, or a factor) reach the tensor cores at about the
+accuracy of float32, with z float32 / 16-bit; p_i, the power of two below s_i, rounds nothing and
+keeps every square in range:
 
 | side, centred | operands                         | tensor-core products for a tile               |
 |---------------|----------------------------------|-----------------------------------------------|
@@ -11,8 +11,8 @@ every square in range:
 | features, no  | 16-bit: p_i z_i and z_i s_i²/p_i | 3xTF32 / 2: only the second is rounded        |
 | any, yes      | x and x                          | 3xTF32 / 3: both are                          |
 
-A rounded 16-bit operand goes in two parts, high + low, 16 bits of bfloat16 or 22 of float16; low x low
-is left out. PRECISION "tf32" is one product of everything.
+A rounded 16-bit operand goes in two parts, high + low, 16 bits of bfloat16 or 22 of float16; low x
+low is left out. PRECISION "tf32", for float32, is one product of rounded rows.
 """
 
 import triton
@@ -72,47 +72,46 @@ def inverse_power(m):
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """float32 to DTYPE, to nearest (the interpreter would cut off bfloat16)."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+def round_tf32(x):
+    """float32 rounded to TF32, to nearest: left to the tensor cores, it would be cut off."""
+    y = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, y, x)  # the bits of a NaN may overflow to a number
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 to what the tensor cores take, to nearest."""
+    if DTYPE == tl.float32:
+        if PRECISION == "tf32":
+            x = round_tf32(x)
+    elif INTERPRET and DTYPE == tl.bfloat16:  # the interpreter would cut it off
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 
 @triton.jit
-def _tf32(x):
-    """float32 rounded to TF32, which the interpreter's product does not do."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    if INTERPRET:  # its product knows neither 16-bit types nor TF32
-        IS_32: tl.constexpr = a.dtype == tl.float32
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        if IS_32:
-            a_high, b_high = _tf32(a), _tf32(b)
-            if PRECISION == "tf32x3":
-                acc = tl.dot(_tf32(a - a_high), b_high, acc)
-                acc = tl.dot(a_high, _tf32(b - b_high), acc)
+    """acc + a b of operands that are of the tensor cores' types, or 3xTF32 of float32 ones."""
+    if INTERPRET:  # its product knows neither 16-bit types nor 3xTF32
+        if PRECISION == "tf32x3" and a.dtype == tl.float32:
+            a_high, b_high = round_tf32(a), round_tf32(b)
+            acc = tl.dot(round_tf32(a - a_high), b_high, acc)
+            acc = tl.dot(a_high, round_tf32(b - b_high), acc)
             a, b = a_high, b_high
+        a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def split_dot(a, b, acc, DTYPE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b of float32 tiles in the tensor cores' DTYPE; EXACT: a is of that type already."""
-    if DTYPE == tl.float32:
-        acc = dot(a, b, acc, PRECISION)
-    else:
-        a_high, b_high = narrow(a, DTYPE), narrow(b, DTYPE)
-        if PRECISION == "tf32x3":
-            acc = dot(a_high, narrow(b - b_high.to(tl.float32), DTYPE), acc, PRECISION)
-            if not EXACT:
-                acc = dot(narrow(a - a_high.to(tl.float32), DTYPE), b_high, acc, PRECISION)
-        acc = dot(a_high, b_high, acc, PRECISION)
-    return acc
+    a_high, b_high = narrow(a, DTYPE, PRECISION), narrow(b, DTYPE, PRECISION)
+    if DTYPE != tl.float32:
+        acc = dot(a_high, narrow(b - b_high.to(tl.float32), DTYPE, PRECISION), acc, PRECISION)
+        if not EXACT:
+            acc = dot(narrow(a - a_high.to(tl.float32), DTYPE, PRECISION), b_high, acc, PRECISION)
+    return dot(a_high, b_high, acc, PRECISION)
 
 
 @triton.jit
@@ -167,7 +166,8 @@ def gram_step(
         if CENTER:
             acc = split_dot(a, tl.trans(b), acc, TYPE, False, PRECISION)
         else:
-            acc = dot(narrow(a, TYPE), tl.trans(narrow(b, TYPE)), acc, PRECISION)
+            a, b = narrow(a, TYPE, PRECISION), narrow(b, TYPE, PRECISION)
+            acc = dot(a, tl.trans(b), acc, PRECISION)
     else:
         s, kept = kept_rows(scale, mask, t, n, CENTER, HAS_MASK)
         f_a, f_b = s, s

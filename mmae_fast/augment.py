@@ -34,8 +34,8 @@ class Batches:
     Threads collect the images of the next step meanwhile, from memory or from a mapped file.
 
     With ``world`` processes each has its part of every batch, the ``rank``-th of equal, consecutive
-    parts: together they have what a single process would have, bit for bit on a CPU (on a GPU, whose
-    libraries may sum in another order for another batch size, up to rounding).
+    parts: together they have what a single process would have, bit for bit on a CPU (on a GPU up to
+    rounding: its libraries may sum in another order for another batch size).
 
     Args:
         images: all of them, uint8, shape ``(N, C, H, W)``; copied if not contiguous.

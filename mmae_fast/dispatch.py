@@ -10,10 +10,14 @@ import functools
 import importlib
 from types import ModuleType
 
+import torch
+
 # In order of preference; "auto" takes the first that serves the call, of those measured to be the
-# right choice: the CUDA kernels have not run on a GPU yet, and are taken by name only.
+# right choice: the CUDA and Triton kernels have not run on a GPU yet, and are taken by name only.
 BACKENDS = ("cuda", "triton", "cpu", "torch")
-UNMEASURED = ("cuda",)
+UNMEASURED = ("cuda", "triton")
+# Those that compute faster where float32 products may be less precise.
+LOWER_PRECISION = ("triton",)
 
 
 try:
@@ -36,20 +40,42 @@ def refusal(backend: str, device_type: str) -> str | None:
         return EXTENSION_ERROR
     if device_type != "cuda":
         return f"it serves CUDA tensors, and z is on {device_type!r}"
-    if backend == "cuda":
-        return importlib.import_module("mmae_fast.cuda_backend").EXTENSION_ERROR
-    return 'this version has no kernels for it yet; use backend="auto" (PyTorch\'s CUDA libraries)'
+    return _cuda_refusal() if backend == "cuda" else _triton_refusal()
 
 
-def select_backend(backend: str, device_type: str) -> str:
-    """The backend that serves a call. Pure: depends on its arguments and the installation alone.
+# torch.compile takes these answers as they are: it cannot look into an import.
+@torch.compiler.assume_constant_result
+def _cuda_refusal() -> str | None:
+    return importlib.import_module("mmae_fast.cuda_backend").EXTENSION_ERROR
+
+
+@torch.compiler.assume_constant_result
+def _triton_refusal() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError) as error:
+        return f"triton cannot be imported ({error}); builds of PyTorch for cuda on Linux bring it"
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if major < 8:
+            return (
+                f"its kernels need compute capability 8.0, and cuda:{i} has {major}.{minor}"
+                " (CUDA_VISIBLE_DEVICES chooses among several)"
+            )
+    return None
+
+
+def select_backend(backend: str, device_type: str, precision: str = "highest") -> str:
+    """What serves a call: a backend's name, with ``:precision`` if it has a use for another one.
+
+    Pure: depends on its arguments and the installation alone.
 
     Raises:
         ValueError: unknown name.
         RuntimeError: the named backend cannot serve this device, with the reason.
     """
     if backend == "auto":
-        return next(
+        backend = next(
             name
             for name in BACKENDS
             if name not in UNMEASURED and refusal(name, device_type) is None
@@ -59,9 +85,13 @@ def select_backend(backend: str, device_type: str) -> str:
     reason = refusal(backend, device_type)
     if reason:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    return backend
+    lower = precision != "highest" and backend in LOWER_PRECISION
+    return f"{backend}:{precision}" if lower else backend
 
 
 @functools.cache
-def module(backend: str) -> ModuleType:
-    return importlib.import_module(f"mmae_fast.{backend}_backend")
+def module(selected: str) -> ModuleType:
+    """The functions of what :func:`select_backend` returned."""
+    backend, _, precision = selected.partition(":")
+    found = importlib.import_module(f"mmae_fast.{backend}_backend")
+    return found.at(precision) if precision else found

@@ -64,6 +64,10 @@ def over_ranks(
         def wrapper(*args, process_group=None, grad_scale="mean", **kwargs):
             if process_group is not None:
                 call = (function, signature, views, rows, reduced, unless)
+                if torch.compiler.is_compiling():
+                    from .eager import eagerly
+
+                    return eagerly(_over_ranks, call, args, kwargs, process_group, grad_scale)
                 return _over_ranks(call, args, kwargs, process_group, grad_scale)
             _check_grad_scale(grad_scale)
             return function(*args, **kwargs)
@@ -128,7 +132,6 @@ class Shards:
             return difference.unsqueeze(-1) * difference.unsqueeze(-2)
 
 
-@functools.partial(torch.compiler.disable, reason="the ranks compare their arguments on the host")
 def _over_ranks(call, args, kwargs, group, grad_scale):
     _check_group(group)
     function, signature, views, rows, reduced, unless = call
@@ -270,7 +273,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, shards):
         ctx.dim, ctx.shards = dim, shards
-        return _gather(x, dim, shards)
+        with torch.autocast(x.device.type, enabled=False):  # it promotes what is concatenated
+            return _gather(x, dim, shards)
 
     @staticmethod
     def backward(ctx, grad):

@@ -69,9 +69,30 @@ def main() -> None:
         for device in ("cpu", "cuda"):
             reason = dispatch.refusal(backend, device)
             chosen = dispatch.select_backend("auto", device) == backend
-            cells.append(f"no: {reason}" if reason else "yes (auto)" if chosen else "yes")
+            yes = "yes, by name only: not yet run on a GPU"
+            if chosen or backend not in dispatch.UNMEASURED:
+                yes = "yes (auto)" if chosen else "yes"
+            cells.append(f"no: {reason}" if reason else yes)
         ladder.add_row(backend, *cells)
     console.print(ladder)
+
+    if dispatch.refusal("triton", "cuda") is None:
+        from . import triton_backend
+
+        table = Table(
+            "operation with backend='triton'", "served by", title_justify="left",
+            title="Operations on CUDA tensors",
+        )  # fmt: skip
+        table.add_row("fast_gram, order 2, every gradient; 32 and 16-bit", "Triton kernels")
+        orders = {str(t).split(".")[-1]: k for t, k in triton_backend.MAX_ORDER.items()}
+        table.add_row(
+            "fast_coding_rate",
+            f"one Triton kernel up to min(n, d) = {orders['float32']} (16-bit:"
+            f" {orders['bfloat16']}), then Gram kernel + cuSOLVER potrf",
+        )
+        table.add_row("entropy of any other order", "Gram kernel + cuSOLVER syevd")
+        table.add_row("float64", "PyTorch's libraries: the kernels are made for tensor cores")
+        console.print(table)
 
     if dispatch.EXTENSION_ERROR is None:
         from . import cpu_backend

@@ -96,6 +96,8 @@ class FinetuneConfig:
     """Parameter of the beta distribution; 0: no mixup."""
     cutmix: float = 1.0
     """Same of cutmix; where both are on, each batch gets one of them."""
+    rand_augment: int = 9
+    """Magnitude of torchvision's RandAugment, two operations an image, on the host; 0: none."""
     smoothing: float = 0.1
     """Label smoothing."""
     erasing: float = 0.25
@@ -210,6 +212,7 @@ FINETUNE_RECIPES: dict[str, tuple[str, FinetuneConfig]] = {
             drop_path=0.0,
             mixup=0.0,
             cutmix=0.0,
+            rand_augment=0,
             erasing=0.0,
             min_crop=0.6,
             hflip=False,

@@ -41,12 +41,13 @@ from mmae_fast.train import Interrupted
 
 RESULT = "finetune.json"
 MIN_LR = 1e-6
+MAGNITUDES = 30  # of torchvision's RandAugment
 
 PROTOCOL = (
     "Fine-tuning: all weights, {epochs} epochs, AdamW, lr {base_lr:g} x {batch_size:,}/256, layer "
     "decay {layer_decay:g}, weight decay {weight_decay:g}, drop path {drop_path:g}, mixup "
-    "{mixup:g}, cutmix {cutmix:g}, erasing {erasing:g}, label smoothing {smoothing:g}, {average}; "
-    "features: {features}; accuracy after the last epoch"
+    "{mixup:g}, cutmix {cutmix:g}, RandAugment {rand_augment}, erasing {erasing:g}, label "
+    "smoothing {smoothing:g}, {average}; features: {features}; accuracy after the last epoch"
 )
 
 
@@ -67,6 +68,10 @@ def finetune(config: FinetuneConfig, task: Task | None = None) -> tuple[float, s
     source = open_run(config)
     check_labels(source)
     train, test, device = source.train, source.test, source.mean.device
+    if config.rand_augment and train.in_chans not in (1, 3):
+        raise UserError(
+            f"--rand-augment takes images of 1 or 3 channels, these have {train.in_chans}"
+        )
     if config.batch_size > len(train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(train)} training images")
     steps_per_epoch = len(train) // config.batch_size  # an incomplete batch is left out
@@ -185,6 +190,8 @@ def check(config: FinetuneConfig) -> None:
     for name in ("mixup", "cutmix"):
         if not getattr(config, name) >= 0:
             raise UserError(f"{name} must be >= 0, got {getattr(config, name)}")
+    if not 0 <= config.rand_augment <= MAGNITUDES:
+        raise UserError(f"rand_augment must be in [0, {MAGNITUDES}], got {config.rand_augment}")
     if config.ema is not None and not 0 < config.ema < 1:
         raise UserError(f"ema must be in (0, 1), got {config.ema}")
     if (config.mixup or config.cutmix) and config.batch_size % 2:
@@ -268,15 +275,26 @@ class LabelledBatches:
         if config.erasing:
             self.erase = RandomErasing(config.erasing, mode="pixel", device=source.mean.device)
 
+        self.rand_augment = None
+        if config.rand_augment:
+            from torchvision.transforms.v2 import RandAugment
+
+            self.rand_augment = RandAugment(2, config.rand_augment)
+
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         config, train = self.config, self.source.train
         mean, std = self.source.mean, self.source.std
         epoch, position = divmod(step, self.steps_per_epoch)
         order = epoch_order(len(train), config.seed, epoch)
         chosen = order[position * config.batch_size :][: config.batch_size]
-        images = normalise(train.crop_source[chosen].to(mean.device), mean, std)
+        images = train.crop_source[chosen].to(mean.device).float()
         rng = generator(mean.device, config.seed, AUGMENTATION, step)
         images = augment(images, rng, config.min_crop, config.hflip, train.img_size)
+        if self.rand_augment is not None:
+            # In the published order: before normalisation, each image for itself.
+            rounded = images.round().to(torch.uint8).cpu()
+            images = torch.stack([self.rand_augment(image) for image in rounded]).to(mean.device)
+        images = normalise(images, mean, std)
         labels = train.labels[chosen].to(mean.device)
         if self.erase is not None:
             images = self.erase(images)

@@ -85,7 +85,8 @@ def fast_matrix_entropy(
         center: subtract the mean row, after normalisation, over the rows kept.
         mask: bool, shape ``(..., n)``; rows where it is False (padding) are dropped.
         precision: "highest", "high" or "medium", PyTorch's words for float32 matrix products; a
-            permission that a GPU backend may use. The CPU always computes at full precision.
+            permission that a GPU backend may use: backend "triton" multiplies float32 features as
+            TF32 for either of the last two. The CPU always computes at full precision.
         process_group: z has the rows of this process, and the value is that of the rows of all
             ranks of this ``torch.distributed.ProcessGroup``, in any numbers; see
             :mod:`mmae_fast.distributed`. None: z is all there is.
@@ -318,4 +319,4 @@ def _validate(z, mask, precision, backend) -> tuple[Tensor, Tensor | None, str]:
             raise ValueError(f"mask must be on z's device {z.device}, got {mask.device}")
     if precision not in _PRECISIONS:
         raise ValueError(f"precision must be one of {_PRECISIONS}, got {precision!r}")
-    return z, mask, dispatch.select_backend(backend, z.device.type)
+    return z, mask, dispatch.select_backend(backend, z.device.type, precision)

@@ -20,7 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from mmae_fast.checkpoint import find_weights, load_model
-from mmae_fast.config import DataConfig, ModelConfig, PretrainConfig, UserError, to_dict
+from mmae_fast.config import DataConfig, LossConfig, ModelConfig, PretrainConfig, UserError, to_dict
 from mmae_fast.eval_config import PublishedConfig
 from mmae_fast.models import MaskedAutoencoder, TwoBranch, VisionTransformer
 
@@ -130,7 +130,7 @@ def _build(
         sizes = ModelConfig(**encoder)
         model = VisionTransformer(img_size, in_chans=channels, **encoder)
     model.load_published(state)
-    config = PretrainConfig(model=sizes, data=DataConfig(img_size=img_size))
+    config = PretrainConfig(DataConfig(img_size=img_size), sizes, loss=LossConfig("mae"))
     data = {
         "img_size": [img_size, img_size],
         "in_chans": channels,

@@ -146,7 +146,7 @@ def _show(axis: Axes, image: Tensor) -> None:
     axis.set(xticks=[], yticks=[], facecolor="#cfd6de")  # what NaN, a hidden patch, looks like
     for spine in axis.spines.values():
         spine.set_visible(False)
-    if len(image) == 1:
+    if len(image) < 3:
         axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
     else:  # matplotlib draws a hidden pixel of a colour image only through transparency
         alpha = (~image[0].isnan()).float().numpy()

@@ -39,10 +39,10 @@ def full_precision(function):
     """Autocast must not reach the Gram matrix or its factor."""
 
     @functools.wraps(function)
-    def wrapped(*args):
+    def wrapped(*args, **options):
         device = next(a for a in args if isinstance(a, Tensor)).device.type
         with torch.autocast(device, enabled=False):
-            return function(*args)
+            return function(*args, **options)
 
     return wrapped
 

@@ -1,19 +1,26 @@
-"""The Triton backend: kernels/ for products and batches of small factors, PyTorch's libraries else.
+"""The Triton backend: kernels/ for products and small factors, PyTorch's libraries for the rest.
 
-| quantity       | Triton kernel                                  | PyTorch (torch_backend.py)        |
-|----------------|------------------------------------------------|-----------------------------------|
-| coding rate    | k = min(n, d) <= MAX_ORDER, Gram matrix above  | Cholesky factor of larger ones    |
-| alpha = 2      | every k; nothing k x k without a gradient      | -                                 |
-| other alpha    | Gram matrix                                    | eigenvalues                       |
-| Gram, gradient | every size, either side                        | -                                 |
-| float64        | -                                              | all: tensor cores are what the    |
-|                |                                                | kernels are for                   |
+| quantity       | Triton kernel                                 | PyTorch (torch_backend.py)      |
+|----------------|-----------------------------------------------|---------------------------------|
+| coding rate    | k = min(n, d) <= MAX_ORDER, Gram matrix above | Cholesky factor of larger ones  |
+| alpha = 2      | every k; nothing k x k without a gradient     | -                               |
+| other alpha    | Gram matrix                                   | eigenvalues                     |
+| Gram, gradient | every size, either side                       | -                               |
+| float64        | -                                             | all: the kernels are made for   |
+|                |                                               | tensor cores                    |
+
+float32 is multiplied as 3xTF32, at full accuracy; precision "high" and "medium" both permit TF32,
+about 2^-12 per factor (:func:`at`). 16-bit features are multiplied as they are, and what has to be
+rounded on the way is kept in two parts (kernels/tiles.py): there is nothing to permit.
 
 The kernels only enqueue work: no host synchronisation, nothing that depends on values, so that CUDA
 graphs can capture them once they are compiled (call once before the capture); no float atomics, so
 that runs agree bitwise. Besides results they need O(n + d) numbers, and the workspaces that
 kernels/gram.py and product.py state; a batch whose leading strides do not merge is copied.
 """
+
+from functools import cache, partial
+from types import SimpleNamespace
 
 import torch
 
@@ -32,6 +39,7 @@ from .torch_backend import (  # noqa: F401 - the backend's own
 )
 
 # The largest k that one block's registers hold without spilling; see kernels/configs.py.
+FULL = "tf32x3"
 MAX_ORDER = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 
 
@@ -47,9 +55,10 @@ def flat(z, mask):
     return z, None if mask is None else mask.reshape(batch, -1).contiguous()
 
 
-def row_parts(z, mask, normalize, center, in_range=False):
+def row_parts(z, mask, normalize, center, precision, in_range=False):
     """Row scale (batch, n), and mean row (batch, d) if centred."""
-    scale = rows.row_scale(z, mask, normalize, in_range)
+    tf32 = precision == "tf32" and z.dtype == torch.float32 and not center
+    scale = rows.row_scale(z, mask, normalize, in_range, tf32)
     return scale, rows.mean_row(z, scale, mask) if center else None
 
 
@@ -72,32 +81,32 @@ def fold(v, g, scale, mean, z, mask, normalize):
 
 
 @full_precision
-def gram(z, mask, samples, normalize, center) -> GramParts:
+def gram(z, mask, samples, normalize, center, precision=FULL) -> GramParts:
     if not served(z):
         return torch_backend.gram(z, mask, samples, normalize, center)
     shape, (z, mask) = z.shape, flat(z, mask)
-    scale, mean = row_parts(z, mask, normalize, center)
-    g, _ = grams.gram(z, scale, mean, mask, samples, unit=normalize)
+    scale, mean = row_parts(z, mask, normalize, center, precision)
+    g, _ = grams.gram(z, scale, mean, mask, samples, unit=normalize, precision=precision)
     mean = scale.new_zeros(z.shape[0], z.shape[2]) if mean is None else mean
     return GramParts(*(x.reshape(shape[:-2] + x.shape[1:]) for x in (g, scale, mean)))
 
 
 @full_precision
-def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
+def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, precision=FULL):
     if not served(z):
         return torch_backend.coding_rate_fwd(z, mask, scale, normalize, center, need_weight)
     batch, (z, mask) = z.shape[:-2], flat(z, mask)
     n, d = z.shape[1:]
     samples = n <= d
-    s, mean = row_parts(z, mask, normalize, center)
+    s, mean = row_parts(z, mask, normalize, center, precision)
     if min(n, d) <= MAX_ORDER[z.dtype]:
         value, weight, g = small.coding_rate(
-            z, s, mean, mask, scale, samples, normalize, need_weight
+            z, s, mean, mask, scale, samples, normalize, need_weight, precision=precision
         )
         folded = g is None
     else:
         full = need_weight and samples  # the factor reads one triangle
-        g, _ = grams.gram(z, s, mean, mask, samples, unit=normalize, full=full)
+        g, _ = grams.gram(z, s, mean, mask, samples, unit=normalize, full=full, precision=precision)
         value, weight = torch_backend.coding_rate_of_gram(g, scale, need_weight)
         folded = False
     if need_weight and not folded:
@@ -108,18 +117,19 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
 
 
 @full_precision
-def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
+def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, precision=FULL):
     arguments = (mask, alpha, normalize, center, need_weight)
     if not served(z):
         return torch_backend.matrix_entropy_fwd(z, *arguments)
     batch, (z, mask) = z.shape[:-2], flat(z, mask)
     samples = z.shape[1] <= z.shape[2]
     # Without normalisation one factor per matrix keeps squares in range; entropies do not see it.
-    scale, mean = row_parts(z, mask, normalize, center, in_range=True)
+    scale, mean = row_parts(z, mask, normalize, center, precision, in_range=True)
     store = need_weight or alpha != 2
     g, moments = grams.gram(
-        z, scale, mean, mask, samples, unit=normalize, store=store, moments=alpha == 2
-    )
+        z, scale, mean, mask, samples, unit=normalize, store=store, moments=alpha == 2,
+        precision=precision,
+    )  # fmt: skip
     if alpha == 2:
         h, v = renyi2(g, *moments.unbind(-1), need_weight)
     else:
@@ -146,43 +156,46 @@ def renyi2(g, square, trace, need_weight):
 
 
 @full_precision
-def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
+def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight, precision=FULL):
     arguments = (z, mask, alpha, normalize, center, need_weight)
-    return torch_backend.rational_entropy_fwd(*arguments, gram)
+    return torch_backend.rational_entropy_fwd(*arguments, partial(gram, precision=precision))
 
 
-def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
+@full_precision
+def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight, precision=FULL):
     return torch_backend.joint_entropy_fwd(
-        z1, z2, mask, alpha, normalize, center, need_weight, gram
+        z1, z2, mask, alpha, normalize, center, need_weight, partial(gram, precision=precision)
     )
 
 
-def _product(grad, z, mask, weight, samples, normalize, center):
+def _product(grad, z, mask, weight, samples, normalize, center, precision):
     shape, (z, mask) = z.shape, flat(z, mask)
-    scale, mean = (None, None) if samples else row_parts(z, mask, normalize, center)
+    scale, mean = (None, None) if samples else row_parts(z, mask, normalize, center, precision)
     k = weight.shape[-1]
     grad, weight = grad.reshape(-1).contiguous(), weight.reshape(-1, k, k).contiguous()
-    out = product.weight_product(grad, z, scale, mean, mask, weight, samples, normalize)
+    out = product.weight_product(
+        grad, z, scale, mean, mask, weight, samples, normalize, precision=precision
+    )
     return out.reshape(shape)
 
 
 @full_precision
-def samples_bwd(grad, z, mask, weight):
+def samples_bwd(grad, z, mask, weight, precision=FULL):
     if not served(z):
         return torch_backend.samples_bwd(grad, z, mask, weight)
-    return _product(grad, z, mask, weight, True, False, False)
+    return _product(grad, z, mask, weight, True, False, False, precision)
 
 
 @full_precision
-def weight_bwd(grad, z, mask, weight, normalize, center):
+def weight_bwd(grad, z, mask, weight, normalize, center, precision=FULL):
     if not served(z):
         return torch_backend.weight_bwd(grad, z, mask, weight, normalize, center)
     samples = z.shape[-2] <= z.shape[-1]
-    return _product(grad, z, mask, weight, samples, normalize, center)
+    return _product(grad, z, mask, weight, samples, normalize, center, precision)
 
 
 @full_precision
-def gram_bwd(grad, z, mask, parts, samples, normalize, center):
+def gram_bwd(grad, z, mask, parts, samples, normalize, center, precision=FULL):
     if not served(z):
         return torch_backend.gram_bwd(grad, z, mask, parts, samples, normalize, center)
     v = (grad + grad.mT) / 2
@@ -194,4 +207,15 @@ def gram_bwd(grad, z, mask, parts, samples, normalize, center):
     else:
         weight = v.mul_(2)
     ones = weight.new_ones(z.shape[:-2])
-    return _product(ones, z, mask, weight, samples, normalize, center)
+    return _product(ones, z, mask, weight, samples, normalize, center, precision)
+
+
+@cache
+def at(precision: str) -> SimpleNamespace:
+    """This module at another of PyTorch's words for the precision of float32 products."""
+    own = dict(globals())
+    if precision != "highest":
+        functions = (gram, coding_rate_fwd, matrix_entropy_fwd, joint_entropy_fwd, samples_bwd)
+        for function in (*functions, weight_bwd, gram_bwd):
+            own[function.__name__] = partial(function, precision="tf32")
+    return SimpleNamespace(**own)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 WORLDS = (1, 2, 3, 4)
-TIMEOUT = 120  # seconds, for machines that do other things as well
+TIMEOUT = 30  # seconds, for machines that do other things as well
 
 
 class Failure(NamedTuple):
@@ -40,6 +40,7 @@ def _work(rank, store, pipe):
         timeout=timedelta(seconds=TIMEOUT),
     )
     groups = {world: dist.new_group(range(world)) for world in WORLDS}
+    pipe.send_bytes(b"ready")
     while True:
         task = pickle.loads(pipe.recv_bytes())
         if task is None:
@@ -68,7 +69,8 @@ class Ranks:
         for rank, pipe in enumerate(self.pipes[:world]):
             if not pipe.poll(max(0, end - time.monotonic())):
                 self.stop(kill=True)
-                pytest.fail(f"rank {rank} of {world} did not answer in {TIMEOUT} s")
+                raised = [result for result in results if isinstance(result, Failure)]
+                pytest.fail(f"rank {rank} of {world} did not answer in {TIMEOUT} s; {raised=}")
             try:
                 results.append(pickle.loads(pipe.recv_bytes()))
             except EOFError:
@@ -92,6 +94,8 @@ class Ranks:
             theirs.close()
             self.processes.append(process)
             self.pipes.append(pipe)
+        for pipe in self.pipes:
+            pipe.recv_bytes()
 
     def stop(self, kill=False):
         for process, pipe in zip(self.processes, self.pipes if self.processes else [], strict=True):

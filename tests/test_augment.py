@@ -1,6 +1,7 @@
 """Order, augmentation and normalisation of batches; batches of several processes."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +241,20 @@ def test_wait_is_measured():
     batches(1)
     assert batches.wait_seconds - waited < 0.1
     assert batches.wait_share() < 0.3
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_loader_runs(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    from benchmarks import loader
+
+    assert loader.main(["--quick"]) == 0
+    assert "crop and flip" in capsys.readouterr().out
+    batches = make_batches(random_images(loader.BATCH * 2, 3, 32, 32))
+    batches = Batches(batches.images, batches.mean, batches.std, loader.configuration("m_mae"))
+    loader.check(batches, batches.images)
+    with pytest.raises(loader.measure.WrongResult):
+        loader.check(batches, 255 - batches.images)
 
 
 @pytest.mark.gpu

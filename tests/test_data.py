@@ -252,6 +252,30 @@ def test_damaged_files_are_skipped_and_listed(tmp_path, capsys):
         load_data(dataclasses.replace(config, strict=True))
 
 
+def test_labels_of_both_parts_mean_the_same(tmp_path):
+    image_folder(tmp_path / "all", ("ant", "bee", "cow"))
+    image_folder(tmp_path / "fewer", ("ant", "bee"))
+    image_folder(tmp_path / "other", ("ant", "cow"))
+    (tmp_path / "none").mkdir()
+    write_png(torch.zeros(3, 20, 30, dtype=torch.uint8), str(tmp_path / "none" / "0.png"))
+
+    def load(train, test):
+        return load_data(DataConfig(train=str(tmp_path / train), test=str(tmp_path / test)))
+
+    assert load("all", "fewer")[1].labels.tolist() == [0, 0, 1, 1]
+    for train, test in (("all", "other"), ("fewer", "all")):
+        with pytest.raises(UserError, match="differ in their classes"):
+            load(train, test)
+    train, test = load("none", "all")  # unlabelled training images
+    assert train.labels is None and len(test.labels) == 6
+
+
+def test_label_beyond_the_classes(tmp_path):
+    path = packed(tmp_path / "a.npz", label=np.array([0, 1, 2, 0, 1]))
+    with pytest.raises(UserError, match=r"image 2 .* has label 2, there are 2 classes"):
+        load_data(DataConfig(train=str(path)))
+
+
 def test_images_that_do_not_fit_into_memory(tmp_path, monkeypatch):
     image_folder(tmp_path / "set")
     monkeypatch.setattr(reading, "free_memory", lambda: 1000)

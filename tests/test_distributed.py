@@ -4,10 +4,16 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from mmae_fast import (
+    distributed,
     effective_rank,
     fast_coding_rate,
     fast_gram,
@@ -16,7 +22,7 @@ from mmae_fast import (
     losses,
 )
 
-from .accuracy import features
+from .accuracy import coding_rate, entropy, expected, features, run
 from .ranks import WORLDS, Failure, Ranks
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -109,10 +115,9 @@ def own_rows(rank, views, rows, sizes):
     return [view[..., own, :] for view in views], {k: x[..., own] for k, x in rows.items()}
 
 
-def on_rank(group, rank, name, options, views, rows, sizes, grad_scale, autocast=False):
+def on_rank(group, rank, name, options, views, rows, sizes, grad_scale):
     views, rows = own_rows(rank, views, rows, sizes)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return value_and_grads(call_of(name, options, group, grad_scale), views, rows)
+    return value_and_grads(call_of(name, options, group, grad_scale), views, rows)
 
 
 def assert_close(actual, expected, tolerance, largest, what):
@@ -129,17 +134,17 @@ def check(ranks, name, options, shape, grad_scale="mean", tolerance=1e-9, dtype=
     options = {key: value for key, value in options.items() if key != "mask"}
     if mask is not None:
         rows["mask"] = mask
-    expected, expected_grads = value_and_grads(call_of(name, options), views, rows)
+    one, one_grads = value_and_grads(call_of(name, options), views, rows)
     for world in WORLDS:
         sizes = sizes_of(shape[-2], world)
         results = ranks(on_rank, world, name, options, views, rows, sizes, grad_scale)
         for rank, result in enumerate(results):
             assert not isinstance(result, Failure), (world, rank, result)
             value, grads = result
-            assert_close(value, expected, tolerance, expected.abs().max(), (world, rank))
+            assert_close(value, one, tolerance, one.abs().max(), (world, rank))
             factor = world if grad_scale == "mean" else 1
-            own, _ = own_rows(rank, expected_grads, {}, sizes)
-            for grad, part, whole in zip(grads, own, expected_grads, strict=True):
+            own, _ = own_rows(rank, one_grads, {}, sizes)
+            for grad, part, whole in zip(grads, own, one_grads, strict=True):
                 largest = factor * whole.abs().max()
                 assert_close(grad, factor * part, tolerance, largest, (world, rank))
 
@@ -171,10 +176,382 @@ def test_plain_gradients(ranks, name, shape):
     check(ranks, name, {}, shape, grad_scale="sum")
 
 
-@pytest.mark.parametrize("shape", [(1, 130, 16), (1, 40, 16)], ids=["reduced", "gathered"])
+@pytest.mark.parametrize("shape", [(2, 130, 16), (2, 40, 16)], ids=["reduced", "gathered"])
 @pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "name", ["entropy-1.0", "entropy-2.0", "entropy-3.0", "coding_rate", "coding_rate-large"]
+    "q", [coding_rate(0.7), coding_rate(1e6), entropy(1.0), entropy(2.0), entropy(3.0)], ids=str
 )
-def test_float32(ranks, name, center, shape):
-    check(ranks, name, {"center": center}, shape, tolerance=1e-6, dtype=torch.float32)
+def test_low_precision_under_autocast(ranks, q, dtype, center, shape):
+    """The rule of accuracy.py, as for one process; and values to 1e-6 of those of one process."""
+    z = features("gaussian", *shape, dtype=dtype)
+    truth, grad_out, value_allowed, grad_allowed = expected(q, z, {"center": center})
+    one = q.fast(z, "auto", center=center)
+    for world in (2, 3):
+        sizes = sizes_of(shape[-2], world)
+        results = ranks(accuracy_on_rank, world, q, center, z, grad_out, sizes)
+        assert all(torch.equal(value, results[0][0]) for value, _ in results)
+        value, grad = results[0][0], torch.cat([grad for _, grad in results], -2)
+        assert value.dtype == torch.float32 and grad.dtype == dtype
+        torch.testing.assert_close(value, one, rtol=1e-6, atol=0)
+        assert ((value.double() - truth.value).abs() <= value_allowed).all()
+        error = (grad.double() / world - truth.grad).abs().amax((-2, -1))
+        assert (error <= grad_allowed).all(), (world, error / grad_allowed)
+
+
+def accuracy_on_rank(group, rank, q, center, z, grad_out, sizes):
+    (own,), _ = own_rows(rank, [z], {}, sizes)
+    with torch.autocast("cpu", torch.bfloat16):
+        return run(lambda z: q.fast(z, "auto", center=center, process_group=group), own, grad_out)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is communicated
+
+
+def count_on_rank(group, rank, z, sizes):
+    """Bytes that this rank puts into collectives: forward pass of a value, then backward."""
+    (own,), _ = own_rows(rank, [z], {}, sizes)
+    own.requires_grad_()
+    sent = {"all_reduce": 0, "all_gather": 0}
+
+    def counted(name, position):
+        original = getattr(dist, name)
+
+        def collective(*args, **kwargs):
+            tensor = args[position]
+            sent[name] += tensor.numel() * tensor.element_size()
+            return original(*args, **kwargs)
+
+        return collective
+
+    originals = {name: getattr(dist, name) for name in sent}
+    dist.all_reduce, dist.all_gather = counted("all_reduce", 0), counted("all_gather", 1)
+    try:
+        value = fast_coding_rate(own, 1.0, process_group=group)
+        forward = dict(sent)
+        value.sum().backward()
+    finally:
+        dist.all_reduce, dist.all_gather = originals["all_reduce"], originals["all_gather"]
+    return forward, {name: sent[name] - forward[name] for name in sent}
+
+
+AGREEMENT = 16  # bytes a rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_route(ranks, dtype):
+    """N = 4d gathers rows in their own dtype, one row more reduces the float32 Gram matrix."""
+    d = 6
+    for n, forward in [
+        (4 * d, {"all_reduce": 0, "all_gather": AGREEMENT + 2 * d * d * dtype.itemsize}),
+        (4 * d + 1, {"all_reduce": 4 * d * d, "all_gather": AGREEMENT}),
+    ]:
+        z = features("gaussian", n, d, dtype=dtype)
+        for sent in ranks(count_on_rank, 2, z, [2 * d, n - 2 * d]):
+            assert sent == (forward, {"all_reduce": 0, "all_gather": 0})
+
+
+def routes_on_rank(group, rank, center, z, sizes):
+    (own,), _ = own_rows(rank, [z], {}, sizes)
+    results = []
+    default = distributed.ROWS_PER_FEATURE
+    for limit in (0, 10**9):
+        distributed.ROWS_PER_FEATURE = limit
+        function = partial(fast_matrix_entropy, center=center, process_group=group)
+        results.append(value_and_grads(function, [own], {}))
+    distributed.ROWS_PER_FEATURE = default
+    return results
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("kind", ["collapsed", "decaying", "zero rows"])
+def test_routes_agree_on_hard_features(ranks, kind, center):
+    """Nearly collapsed ones above all: centred by the ranks' means, nothing cancels."""
+    z = features(kind, 30, 6, dtype=torch.float64)
+    for (value, (grad,)), (expected_value, (expected_grad,)) in ranks(
+        routes_on_rank, 3, center, z, [10, 0, 20]
+    ):
+        torch.testing.assert_close(value, expected_value, rtol=1e-9, atol=0)
+        largest = expected_grad.abs().max() if expected_grad.numel() else 1
+        assert_close(grad, expected_grad, 1e-6, largest, kind)
+
+
+def empty_on_rank(group, rank, shape):
+    z = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    value = fast_matrix_entropy(z, process_group=group)
+    value.sum().backward()
+    rate = fast_coding_rate(z, 1.0, center=True, process_group=group)
+    return value.detach(), rate.detach(), z.grad
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 4, 3), (4, 0), (40, 3)])
+def test_nothing_and_zeros(ranks, shape):
+    zero = torch.zeros(shape[:-2], dtype=torch.float64)
+    for value, rate, grad in ranks(empty_on_rank, 2, shape):
+        assert torch.equal(value, zero) and torch.equal(rate, zero)
+        assert grad.shape == shape and not grad.any()
+
+
+def poisoned_on_rank(group, rank, shape, bad):
+    z = features("gaussian", *shape, seed=rank)
+    if rank == 1:
+        z[0, 0, 0] = bad
+    z.requires_grad_()
+    value = fast_matrix_entropy(z, normalize=False, process_group=group)
+    value.sum().backward()
+    return value.detach(), z.grad
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 4), (2, 3, 4)], ids=["reduced", "gathered"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_of_one_rank_is_the_nan_of_all(ranks, bad, shape):
+    for value, grad in ranks(poisoned_on_rank, 2, shape, bad):
+        assert value.isnan().tolist() == [True, False]
+        assert grad[0].isnan().all() and grad[1].isfinite().all()
+
+
+def scaled_on_rank(group, rank, scale):
+    z = features("gaussian", 20, 4, seed=rank) * scale
+    return fast_matrix_entropy(z, 2.0, normalize=False, process_group=group)
+
+
+def test_entropy_does_not_depend_on_the_scale(ranks):
+    expected_value = ranks(scaled_on_rank, 2, 1.0)[0]
+    for scale in (1e-25, 1e25):
+        for value in ranks(scaled_on_rank, 2, scale):
+            torch.testing.assert_close(value, expected_value, rtol=1e-6, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Published gradients
+
+
+def test_published_gradients_of_two_ranks(ranks):
+    with np.load(GOLDEN / "tcr_ranks.npz") as file:
+        golden = {key: torch.from_numpy(file[key]) for key in file.files}
+    z = torch.cat([golden["rank0_z"], golden["rank1_z"]])
+    sizes = [len(golden["rank0_z"]), len(golden["rank1_z"])]
+    results = ranks(on_rank, int(golden["world_size"]), "tcr", {"mu": 1.0}, [z], {}, sizes, "sum")
+    for rank, (value, (grad,)) in enumerate(results):
+        torch.testing.assert_close(value, golden["value"], rtol=1e-5, atol=1e-5)
+        published = golden[f"rank{rank}_grad"] * cotangent(value)
+        torch.testing.assert_close(grad, published, rtol=1e-5, atol=1e-8)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models whose gradients are averaged
+
+
+def model_and_data():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 5)).double()
+    return model, features("gaussian", 46, 6, dtype=torch.float64)
+
+
+def objective(z, rows, group=None):
+    """A sum over samples, which averaging turns into a mean, and two terms of the global batch."""
+    regularizer = losses.MatrixEntropyRegularizer("tcr", 0.3, process_group=group)
+    pair = losses.info_nce_loss(z, z.flip(-1), process_group=group)
+    return z.square().sum() / rows + regularizer(z) + 0.1 * pair
+
+
+def trained_on_rank(group, rank, wrap, compiled, sizes):
+    model, x = model_and_data()
+    (own,), _ = own_rows(rank, [x], {}, sizes)
+    if wrap == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, process_group=group)
+    else:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+    step = lambda x: objective(model(x), sum(sizes) / len(sizes), group)  # noqa: E731
+    if compiled:
+        step = torch.compile(step, backend="aot_eager")
+    loss = step(own)
+    loss.backward()
+    grads = [p.grad.full_tensor() if wrap == "fsdp" else p.grad for p in model.parameters()]
+    names = [name.removeprefix("module.") for name, _ in model.named_parameters()]
+    return dict(zip(names, grads, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_averaged_gradients_are_those_of_one_process(ranks, wrap, compiled):
+    model, x = model_and_data()
+    objective(model(x), len(x)).backward()
+    for world in (2, 3):
+        results = ranks(trained_on_rank, world, wrap, compiled, sizes_of(len(x), world))
+        for grads in results:
+            assert not isinstance(grads, Failure), grads
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.compile, derivatives
+
+
+def compiled_on_rank(group, rank, z, sizes):
+    (own,), _ = own_rows(rank, [z], {}, sizes)
+
+    def function(z):
+        return 2 * fast_matrix_entropy(3 * z, center=True, process_group=group)
+
+    torch._dynamo.reset()
+    compiled = value_and_grads(torch.compile(function, backend="aot_eager"), [own], {})
+    eager = value_and_grads(function, [own], {})
+    try:
+        torch.compile(function, backend="aot_eager", fullgraph=True)(own)
+    except Exception as error:
+        return compiled, eager, str(error)
+
+
+@pytest.mark.parametrize("shape", [REDUCED, GATHERED], ids=["reduced", "gathered"])
+def test_compile(ranks, shape):
+    """A graph break, with the eager result; no single graph, and the reason is named."""
+    z = features("gaussian", *shape, dtype=torch.float64)
+    for compiled, eager, error in ranks(compiled_on_rank, 3, z, sizes_of(shape[-2], 3)):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-15)
+        assert "the ranks compare their arguments on the host" in error
+
+
+def second_derivative_on_rank(group, rank, shape):
+    z = features("gaussian", *shape, dtype=torch.float64).requires_grad_()
+    value = fast_coding_rate(z, 1.0, process_group=group)
+    (grad,) = torch.autograd.grad(value, z, create_graph=True)
+    grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(20, 4), (3, 4)], ids=["reduced", "gathered"])
+def test_no_second_derivative(ranks, shape):
+    for failure in ranks(second_derivative_on_rank, 2, shape):
+        assert failure.kind == "NotImplementedError"
+        assert "second derivative is not offered with process_group" in failure.message
+
+
+def transformed_on_rank(group, rank):
+    z = features("gaussian", 2, 4, 3)
+    torch.vmap(partial(fast_coding_rate, scale=1.0, process_group=group))(z)
+
+
+def test_no_transforms(ranks):
+    for failure in ranks(transformed_on_rank, 2):
+        assert failure.kind == "NotImplementedError" and "torch.func" in failure.message
+
+
+# --------------------------------------------------------------------------------------------------
+# One rank's mistake is every rank's error
+
+Z = features("gaussian", 7, 4)
+MISTAKES = {
+    "width": lambda call: call(features("gaussian", 7, 5)),
+    "dtype": lambda call: call(Z.double()),
+    "batch": lambda call: call(Z[None]),
+    "one dimension": lambda call: call(Z[0]),
+    "no tensor": lambda call: call([[1.0]]),
+    "alpha": lambda call: call(Z, alpha=2.0),
+    "wrong alpha": lambda call: call(Z, alpha=-1.0),
+    "option": lambda call: call(Z, center=True),
+    "mask": lambda call: call(Z, mask=torch.ones(7, dtype=torch.bool)),
+    "unknown option": lambda call: call(Z, colour="red"),
+    "no argument": lambda call: call(),
+    "grad_scale": lambda call: call(Z, grad_scale="sum"),
+    "transform": lambda call: torch.vmap(call)(Z[None]),
+    "another function": lambda call: effective_rank(
+        Z, center=True, process_group=call.keywords["process_group"]
+    ),
+    "another loss": lambda call: losses.tcr_loss(Z, process_group=call.keywords["process_group"]),
+}
+
+
+def mistaken_on_rank(group, rank, mistake):
+    call = partial(fast_matrix_entropy, process_group=group)
+    if rank == 1:
+        return MISTAKES[mistake](call)
+    return call(features("gaussian", 3 + rank, 4))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_one_rank_ends_all(ranks, mistake):
+    failures = ranks(mistaken_on_rank, 3, mistake)
+    assert {failure.kind for failure in failures} == {"ValueError"}
+    assert len(set(failures)) == 1
+    message = failures[0].message
+    assert "the ranks of process_group must differ in the number of rows n only" in message
+    right = (
+        "rank 0 (n = 3), 2 (n = 5): fast_matrix_entropy(z=torch.float32 torch.strided cpu [n, 4]"
+    )
+    assert right in message
+    assert message.count("\n  rank") == 2 and "\n  rank 1 (n = " in message
+
+
+def wrong_on_rank(group, rank, which):
+    if which == "int":
+        fast_coding_rate(torch.ones(3, 4, dtype=torch.int64), 1.0, process_group=group)
+    elif which == "alpha":
+        fast_matrix_entropy(torch.ones(30, 4), -1.0, process_group=group)
+    elif which == "mask":
+        mask = torch.ones(2, dtype=torch.bool)
+        fast_matrix_entropy(torch.ones(30, 4), mask=mask, process_group=group)
+    elif which == "side":
+        fast_gram(torch.ones(30, 4), side="left", process_group=group)
+    elif which == "grad_scale":
+        losses.tcr_loss(torch.ones(30, 4), process_group=group, grad_scale="average")
+    elif which == "from_gram":
+        eye = torch.eye(4)
+        information.joint_entropy(eye, eye, from_gram=True, process_group=group)
+    elif which == "patches":
+        losses.emp_ssl_tcr(torch.ones(30, 4), process_group=group)
+    elif which == "group":
+        fast_gram(torch.ones(3, 4), process_group="world")
+    elif which == "not a member":
+        other = dist.new_group([1 - rank], use_local_synchronization=True)
+        return str(other), fast_gram(
+            torch.ones(3, 4), process_group=dist.GroupMember.NON_GROUP_MEMBER
+        )
+
+
+@pytest.mark.parametrize(
+    ("which", "kind", "message"),
+    [
+        ("int", "TypeError", "z must be float32, float64, bfloat16 or float16, got torch.int64"),
+        ("alpha", "ValueError", "alpha must be > 0, got -1.0"),
+        ("mask", "ValueError", "mask must have z's shape without its last dimension, (30,), got"),
+        ("side", "ValueError", "side must be one of ('auto', 'samples', 'features'), got 'left'"),
+        ("grad_scale", "ValueError", "grad_scale must be one of ('mean', 'sum'), got 'average'"),
+        ("from_gram", "ValueError", "process_group is not defined for from_gram=True"),
+        ("patches", "ValueError", "z must have shape (..., patches, n, d), got (30, 4)"),
+        ("group", "TypeError", "torch.distributed.ProcessGroup (or None), got str 'world'"),
+        ("not a member", "ValueError", "this rank is not a member of process_group"),
+    ],
+)
+def test_a_mistake_of_all_ranks(ranks, which, kind, message):
+    for failure in ranks(wrong_on_rank, 2, which):
+        assert failure.kind == kind and message in failure.message
+
+
+def test_without_init_process_group():
+    with pytest.raises(RuntimeError, match=r"needs torch.distributed.init_process_group\(\) first"):
+        fast_matrix_entropy(Z, process_group="world")
+
+
+def test_grad_scale_is_checked_without_a_group():
+    with pytest.raises(ValueError, match=r"grad_scale must be one of .*, got 'avg'"):
+        fast_matrix_entropy(Z, grad_scale="avg")
+
+
+def control_on_rank(group, rank):
+    """As with a backend that carries no CPU tensors."""
+    original = dist.get_backend_config
+    dist.get_backend_config = lambda group: "cuda:nccl"
+    try:
+        first, second = (distributed._control_group(group) for _ in range(2))
+    finally:
+        dist.get_backend_config = original
+    same = dist.get_process_group_ranks(first) == dist.get_process_group_ranks(group)
+    return first is second, first is not group, same, distributed._control_group(group) is group
+
+
+def test_a_group_without_cpu_gets_one_that_has(ranks):
+    assert ranks(control_on_rank, 3) == [(True, True, True, True)] * 3

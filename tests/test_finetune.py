@@ -10,12 +10,22 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from mmae_fast.augment import epoch_order, normalise
 from mmae_fast.checkpoint import find_weights, save_checkpoint
 from mmae_fast.config import DataConfig, ModelConfig, PretrainConfig, UserError, to_dict
 from mmae_fast.data import load_data
 from mmae_fast.eval_config import FINETUNE_RECIPES, ExportConfig, FinetuneConfig
+from mmae_fast.evaluate import open_run
 from mmae_fast.export import encoder_options, export
-from mmae_fast.finetune import build_classifier, build_optimizer, build_schedule, finetune, smooth
+from mmae_fast.finetune import (
+    LabelledBatches,
+    build_classifier,
+    build_optimizer,
+    build_schedule,
+    finetune,
+    seed_all,
+    smooth,
+)
 from mmae_fast.launch import World
 from mmae_fast.models import MaskedAutoencoder, VisionTransformer, build_model
 from mmae_fast.runs import read_metrics
@@ -155,6 +165,26 @@ def test_classifier_starts_from_the_encoder():
     assert (model.fc_norm.weight == 1).all()
 
 
+def test_batches_without_augmentation_are_the_images(encoder):
+    source = open_run(FinetuneConfig(encoder, device="cpu"))
+    plain = dict(min_crop=1.0, hflip=False, batch_size=100)
+    images, targets = LabelledBatches(source, tiny(encoder, Path(), **plain))(2)
+    order = epoch_order(len(source.train), 0, 0)[200:300]
+    expected = normalise(source.train.images[order], source.mean, source.std)
+    torch.testing.assert_close(images, expected)
+    assert torch.equal(targets.argmax(1), source.train.labels[order])
+    # Each augmentation is a function of the seed and the step, and does something.
+    for changes in (dict(rand_augment=9), dict(erasing=0.9), dict(mixup=0.8), dict(cutmix=20)):
+        batches = LabelledBatches(source, tiny(encoder, Path(), **plain | changes))
+        drawn = []
+        for _ in range(2):
+            seed_all(0, 3)
+            drawn.append(batches(2))
+        assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True)), changes
+        assert not torch.equal(drawn[0][0], images), changes
+        torch.testing.assert_close(drawn[0][1].sum(1), torch.ones(100))
+
+
 def test_smooth_labels():
     target = smooth(torch.tensor([2, 0]), 4, 0.2)
     expected = torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]])
@@ -195,7 +225,8 @@ PLAIN = dict(mixup=0.0, cutmix=0.0, pool="cls")
 
 
 @pytest.mark.parametrize(
-    "changes, stop_after", [(dict(ema=0.9), 4), (dict(ema=0.9), 5), (dict(ema=0.9), 7), (PLAIN, 7)]
+    "changes, stop_after",
+    [(dict(ema=0.9), 4), (dict(ema=0.9), 5), (dict(rand_augment=9), 7), (PLAIN, 7)],
 )
 def test_resume_is_bitwise(encoder, tmp_path, changes, stop_after):
     """Stopped within an epoch, at its end, and after it: the same weights and metrics."""
@@ -263,6 +294,7 @@ def test_timm_loads_the_classifier(encoder, tmp_path):
         (dict(layer_decay=1.5), r"layer_decay must be in \(0, 1\], got 1.5"),
         (dict(drop_path=1.0), r"drop_path must be in \[0, 1\), got 1.0"),
         (dict(mixup=-0.1), "mixup must be >= 0, got -0.1"),
+        (dict(rand_augment=31), r"rand_augment must be in \[0, 30\], got 31"),
         (dict(ema=1.0), r"ema must be in \(0, 1\), got 1.0"),
         (dict(mixup=0.8, batch_size=33), "even batch_size, got 33"),
         (dict(batch_size=4096), "batch_size 4096 exceeds the 1438 training images"),

@@ -403,6 +403,7 @@ def test_operators_without_weight_have_no_gradient():
     for value in (
         ops.joint_entropy_fwd(z1, z2, None, 2.0, True, False, False, "torch")[0],
         ops.gram_entropy_fwd(z1, 2.0, False, "torch")[0],
+        ops.gram_coding_rate_fwd(z1, 2.0, False, "torch")[0],
     ):
         with pytest.raises(RuntimeError, match="_fwd: a gradient needs need_weight=True"):
             value.backward()
@@ -428,11 +429,14 @@ def test_opcheck(backend, requires_grad):
         torch.library.opcheck(ops.joint_entropy_bwd.default, arguments)
     k = fast_gram(z1.detach(), side="samples")
     weight = ops.gram_entropy_fwd(k, 2.0, True, backend)[1]
+    inverse = ops.gram_coding_rate_fwd(k, 2.0, True, backend)[1]
     log = ops.matrix_log_fwd(k, backend)
     k = k.requires_grad_(requires_grad)
     for need in (True,) if requires_grad else (True, False):
         torch.library.opcheck(ops.gram_entropy_fwd.default, (k, 1.0, need, backend))
+        torch.library.opcheck(ops.gram_coding_rate_fwd.default, (k, 2.0, need, backend))
     torch.library.opcheck(ops.gram_entropy_bwd.default, (one, k, None, weight, 2.0))
+    torch.library.opcheck(ops.gram_coding_rate_bwd.default, (one, k, None, inverse, 2.0))
     torch.library.opcheck(ops.matrix_log_fwd.default, (k, backend))
     torch.library.opcheck(ops.matrix_log_bwd.default, (k.detach(), *log, backend))
 

@@ -15,13 +15,13 @@ KERNELS = ROOT / "kernels"
 # From the bottom up; a module imports from lower layers only. Modules of one layer may not import
 # each other, but for the pairs of SAME_LAYER.
 LAYERS = [
-    {"reference", "rational"},
+    {"reference", "rational", "eager"},
     {"rows"},
     {"kernels", "_C", "torch_backend"},
     {"cpu_backend", "cuda_backend", "triton_backend"},
     {"dispatch"},
     {"operators"},
-    {"information_operators"},
+    {"information_operators", "distributed"},
     {"ops"},
     {"information"},
 ]
@@ -88,7 +88,7 @@ def test_everything_else_is_above_the_operators():
     for name in others:
         inside, _ = imports(modules()[name])
         # The public functions are the door: nobody reaches past them to backends and kernels.
-        hidden = CORE - {"ops", "information", "reference", "dispatch"}
+        hidden = CORE - {"ops", "distributed", "information", "reference", "dispatch"}
         assert not inside & hidden, f"{name} imports {inside & hidden}"
 
 
@@ -101,6 +101,20 @@ def test_nothing_imports_the_drivers():
     for name in ("losses", "models", "data"):
         inside, _ = imports(modules()[name])
         assert not inside & set(DRIVERS), f"{name} imports {inside & set(DRIVERS)}"
+
+
+def test_evaluation_knows_no_training():
+    """What is done with a frozen encoder; fine-tuning and comparing runs are above training."""
+    for name in ("published", "probes", "evaluate", "export", "page", "report"):
+        inside, _ = imports(modules()[name])
+        above = {"train", "step", "finetune", "compare", "demo", "cli"}
+        assert not inside & above, f"{name} imports {inside & above}"
+
+
+def test_configurations_need_the_standard_library_only():
+    for name in ("config", "eval_config", "recipes"):
+        inside, outside = imports(modules()[name])
+        assert inside <= {"config"} and outside <= set(sys.stdlib_module_names), name
 
 
 def test_no_import_cycles():

@@ -91,14 +91,6 @@ def test_wrong_options(call, options, error, message):
         call(Z, **options)
 
 
-@pytest.mark.parametrize("function", ["matrix_entropy", "coding_rate", "effective_rank"])
-def test_process_group_is_not_supported_yet(function):
-    with pytest.raises(
-        NotImplementedError, match="process_group is not supported yet, got 'world'"
-    ):
-        CALLS[function](Z, process_group="world")
-
-
 @pytest.mark.parametrize(
     ("alpha", "error", "message"),
     [

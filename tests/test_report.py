@@ -132,7 +132,7 @@ def test_several_seeds_are_averaged():
     assert "4.00 points ahead of MAE, with 3 seeds" in said and "in the table" in said
 
 
-@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_reconstructions_of_any_channels(tmp_path, channels):
     images = torch.rand(2, channels, 6, 8)
     masked = images.clone()

@@ -20,9 +20,9 @@ from mmae_fast.config import (
     PretrainConfig,
     TwoBranchConfig,
     UserError,
-    VisualizeConfig,
 )
 from mmae_fast.data import ImageData
+from mmae_fast.eval_config import VisualizeConfig
 from mmae_fast.evaluate import visualize
 from mmae_fast.models import MaskedAutoencoder, TwoBranch, build_model
 from mmae_fast.runs import read_metrics

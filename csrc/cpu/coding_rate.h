@@ -21,7 +21,8 @@ bool coding_rate_one(const Features& f, int64_t index, int64_t end, double c, Ou
   Gram<S, T> gram(f, index, end, f.samples(), false, executor, memory);
   const int64_t k = gram.k, ld = gram.ldg;
   if (!std::isfinite(trace_of(gram.g, k, ld))) return false;
-  T* a = memory.take<T>(ld * ld);
+  const bool project = f.normalize && f.samples();  // needs G once more
+  T* a = project ? memory.take<T>(ld * ld) : gram.g;
   scaled(gram.g, T(c), k, ld, a, executor);
   T largest = 0;
   for (int64_t i = 0; i < k; ++i) largest = std::max(largest, a[i * ld + i]);
@@ -30,7 +31,7 @@ bool coding_rate_one(const Features& f, int64_t index, int64_t end, double c, Ou
   if (!std::isfinite(log_det)) return false;
   *value = Out(log_det);
   if (!weight) return true;
-  if (f.normalize && f.samples()) mirror<T, true>(gram.g, k, ld, executor);
+  if (project) mirror<T, true>(gram.g, k, ld, executor);
   mirror<T, false>(a, k, ld, executor);
   // V = c (I + cG)⁻¹ = -c a. With `offset` its cI is missing, which only changes the norm of
   // normalised, uncentred rows: there it stays out, before it can drown the rest.

@@ -2,7 +2,7 @@
 // alpha), from the Frobenius norm (alpha = 2); of one Gram matrix and of the product of two.
 // Included inside an instruction-set namespace after gram.h.
 
-// V of H_2 = 2 log tr G - log ||G||²: 2/tau I - 2 G / ||G||².
+// V of H_2 = 2 log tr G - log ||G||²: 2/tau I - 2 G / ||G||²; v may be g.
 template <class T>
 double renyi2(const T* g, int64_t k, int64_t ldg, double tau, T* v) {
   constexpr int VL = kLanes<T>;
@@ -147,14 +147,14 @@ double inner_product(const T* x, const T* y, int64_t k, int64_t ld) {
 // vanishes:
 //     tr rho^alpha = (||G|| / tr G)^alpha tr B^alpha,
 //     V = alpha / (1 - alpha) / tr G (tr G / ||G|| · B^(alpha - 1) / tr B^alpha - I).
-// g and, if V is wanted, v: full.
+// g and, if V is wanted, v: full; v may be g.
 template <class T>
 double entropy_by_powers(const T* g, int64_t k, int64_t ld, double tau, int64_t alpha, T* v,
                          const Executor& executor) {
   Memory memory;
   const double norm = std::sqrt(inner_product(g, g, k, ld));
   const Vec<T> inverse = splat(T(1 / norm));
-  T* b = memory.take<T>(ld * ld);
+  T* b = v == g ? v : memory.take<T>(ld * ld);
   executor.run(ld, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * ld; i < end * ld; i += kLanes<T>) store(b + i, load(g + i) * inverse);
   });
@@ -224,10 +224,11 @@ inline int64_t entropy_group(double alpha, int64_t k) {
   return alpha == 2 || by_powers(alpha, k) ? 1 : kQlGroup;
 }
 
-// H and, if wanted, V of up to entropy_group(alpha, k) matrices; g becomes full.
+// H and, if wanted, V of up to entropy_group(alpha, k) matrices. g becomes full or, without
+// `keep_g`, may be where V is.
 template <class T>
-void entropies(std::vector<EntropyTask<T>>& tasks, double alpha, bool want_v, Memory& memory,
-               const Executor& executor) {
+void entropies(std::vector<EntropyTask<T>>& tasks, double alpha, bool want_v, bool keep_g,
+               Memory& memory, const Executor& executor) {
   std::vector<QlState<T>> states;
   std::vector<EntropyTask<T>*> spectral;
   states.reserve(tasks.size());
@@ -236,7 +237,7 @@ void entropies(std::vector<EntropyTask<T>>& tasks, double alpha, bool want_v, Me
     if (task.empty() || !std::isfinite(task.tau)) continue;
     const bool eigen = alpha != 2 && !by_powers(alpha, k);
     if (want_v || alpha != 2) mirror<T, true>(task.g, k, ld, executor);
-    if (want_v || eigen) task.v = memory.take<T>(ld * ld);
+    if (want_v || eigen) task.v = keep_g || eigen ? memory.take<T>(ld * ld) : task.g;
     if (eigen) {
       states.push_back(task.reduce(want_v, memory));
       spectral.push_back(&task);
@@ -281,7 +282,8 @@ void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t
       grams.emplace_back(f, index, end, f.samples(), true, executor, memory);
       tasks.emplace_back(grams.back().g, k, grams.back().ldg);
     }
-    entropies(tasks, alpha, weight != nullptr, memory, executor);
+    const bool keep_g = f.normalize && f.samples();  // for the fold
+    entropies(tasks, alpha, weight != nullptr, keep_g, memory, executor);
     for (size_t i = 0; i < tasks.size(); ++i) {
       value[first + int64_t(i)] = tasks[i].empty() ? T(0) : T(tasks[i].h);
       if (!weight) continue;
@@ -340,7 +342,7 @@ void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T
       hadamard(g1, first_scales.back(), g2, second_scales.back(), ld, product, executor);
       tasks.emplace_back(product, n, ld);
     }
-    entropies(tasks, alpha, weight1 != nullptr, memory, executor);
+    entropies(tasks, alpha, weight1 != nullptr, true, memory, executor);
     for (size_t i = 0; i < tasks.size(); ++i) {
       const int64_t index = first + int64_t(i);
       value[index] = tasks[i].empty() ? T(0) : T(tasks[i].h);

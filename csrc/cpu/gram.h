@@ -77,12 +77,13 @@ struct Gram {
   int64_t k, ldg, kept = 0;
   T *scale, *mean, *g, common_scale = 1;
 
+  // In `place` if there is one: ldg rows of ldg.
   Gram(const Features& f, int64_t index, int64_t end, bool samples_side, bool scale_free,
-       const Executor& executor, Memory& memory)
+       const Executor& executor, Memory& memory, T* place = nullptr)
       : rows(f, index), samples(samples_side), k(samples_side ? f.n : f.d), ldg(padded<T>(k)) {
     scale = memory.take<T>(f.n + 2 * kLanes<T>);
     mean = memory.take<T>(round_up(f.d, NR<T>) + kLanes<T>);
-    g = memory.take<T>(ldg * ldg);
+    g = place ? place : memory.take<T>(ldg * ldg);
     // Tiles of the product, about: half of (k / MR)(k / NR), for every block of the depth.
     const int64_t tiles = ceil_div(k, MR) * ceil_div(k + NR<T>, NR<T>) / 2;
     Prefetch ahead(f, sizeof(S), index, end, tiles * ceil_div(f.d, kTileDepth));
@@ -213,11 +214,13 @@ template <class S, class T>
 void gram_one(const Features& f, int64_t index, int64_t end, bool samples, T* out, T* inverse_norm,
               T* mean, const Executor& executor) {
   Memory memory;
-  const Gram<S, T> gram(f, index, end, samples, false, executor, memory);
-  const int64_t k = gram.k;
+  const int64_t k = samples ? f.n : f.d;
+  out += index * k * k;
+  const bool in_place = padded<T>(k) == k;
+  const Gram<S, T> gram(f, index, end, samples, false, executor, memory, in_place ? out : nullptr);
   mirror<T, true>(gram.g, k, gram.ldg, executor);
-  for (int64_t r = 0; r < k; ++r)
-    std::memcpy(out + (index * k + r) * k, gram.g + r * gram.ldg, size_t(k) * sizeof(T));
+  for (int64_t r = 0; r < k && !in_place; ++r)
+    std::memcpy(out + r * k, gram.g + r * gram.ldg, size_t(k) * sizeof(T));
   // Of an empty matrix the outputs may be null, which memcpy does not allow.
   std::copy_n(gram.scale, f.n, inverse_norm + index * f.n);
   std::copy_n(gram.mean, f.d, mean + index * f.d);

@@ -125,16 +125,21 @@ void spectral(DType dtype, int64_t batch, int64_t k, const void* vectors, const 
     const int64_t ld = padded<T>(k);
     for (int64_t index = 0; index < batch; ++index) {
       Memory memory;
-      T *vt = memory.take<T>(ld * ld), *v = memory.take<T>(ld * ld);
-      for (int64_t r = 0; r < k; ++r) {
-        std::memcpy(vt + r * ld, static_cast<const T*>(vectors) + (index * k + r) * k,
-                    size_t(k) * sizeof(T));
-        std::fill(vt + r * ld + k, vt + (r + 1) * ld, T(0));
+      const T *from = static_cast<const T*>(vectors) + index * k * k, *vt = from;
+      T *to = static_cast<T*>(out) + index * k * k, *v = to;
+      if (ld != k) {
+        T* rows = memory.take<T>(ld * ld);
+        for (int64_t r = 0; r < k; ++r) {
+          std::memcpy(rows + r * ld, from + r * k, size_t(k) * sizeof(T));
+          std::fill(rows + r * ld + k, rows + (r + 1) * ld, T(0));
+        }
+        vt = rows;
+        v = memory.take<T>(ld * ld);
       }
       spectral_matrix(vt, static_cast<const T*>(f) + index * k, T(1), k, ld, v,
                       Executor{threads.parallel});
-      for (int64_t r = 0; r < k; ++r)
-        std::memcpy(static_cast<T*>(out) + (index * k + r) * k, v + r * ld, size_t(k) * sizeof(T));
+      for (int64_t r = 0; r < k && ld != k; ++r)
+        std::memcpy(to + r * k, v + r * ld, size_t(k) * sizeof(T));
     }
   };
   if (dtype == DType::kFloat64)

@@ -4,14 +4,14 @@
 inline int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 inline int64_t ceil_div(int64_t x, int64_t m) { return (x + m - 1) / m; }
 
-// A thread's arena: blocks that only grow while anyone uses them.
+// A thread's arena: blocks that are added to while anyone uses them, and then become one.
 struct Arena {
   struct Block {
     std::unique_ptr<char[]> bytes;
     size_t size;
   };
   std::vector<Block> blocks;
-  size_t block = 0, used = 0;
+  size_t block = 0, used = 0, next_size = 0;
 
   static Arena& of_this_thread() {
     static thread_local Arena arena;
@@ -28,21 +28,26 @@ class Memory {
   ~Memory() {
     arena_.block = block_;
     arena_.used = used_;
-    // What a matrix of ordinary size needs is kept for the next call, more is given back.
     if (block_ > 0 || used_ > 0) return;
+    // What a matrix of ordinary size needs is kept for the next call, more is given back. Of
+    // several blocks each may be too small for what the next call takes first; one of their size is
+    // not.
     size_t total = 0;
     for (const Arena::Block& b : arena_.blocks) total += b.size;
-    if (total > kKeep) arena_.blocks.clear();
+    if (total <= kKeep && arena_.blocks.size() <= 1) return;
+    arena_.blocks.clear();
+    arena_.next_size = total <= kKeep ? total : 0;
   }
 
   // Uninitialised, aligned to a cache line.
   template <class T>
   T* take(int64_t count) {
     const size_t bytes = size_t(round_up(count * int64_t(sizeof(T)), 64));
-    auto& [blocks, block, used] = arena_;
+    auto& [blocks, block, used, next_size] = arena_;
     while (block < blocks.size() && used + bytes > blocks[block].size) ++block, used = 0;
     if (block == blocks.size()) {
-      const size_t size = std::max<size_t>(bytes, size_t(1) << 20);
+      const size_t size = std::max({bytes, size_t(1) << 20, next_size});
+      next_size = 0;
       blocks.push_back({std::unique_ptr<char[]>(new char[size + 64]), size});
     }
     char* base = blocks[block].bytes.get();

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from mmae_fast.config import PackConfig, UserError
 from mmae_fast.data.builtin import BUILT_IN
 from mmae_fast.data.decode import Spec
 from mmae_fast.data.images import ImageData, histogram
-from mmae_fast.data.reading import Tally, check_labels, decode_all, make_spec
+from mmae_fast.data.reading import Tally, decode_all, make_spec
 from mmae_fast.data.sources import Source, from_images, open_source, part_of
 from mmae_fast.progress import Board
 
@@ -82,17 +83,20 @@ def pack_source(source: Source, spec: Spec, out: Path, strict: bool = False) -> 
     """
     if out.exists():
         raise UserError(f"{out} exists; remove it, or choose another folder")
-    key = json.dumps([asdict(spec), strict, source.origin, source.identity, len(source.samples)])
+    same = [asdict(spec), strict, source.identity or source.origin, len(source.samples)]
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / IMAGES).open("a+b") as images, (partial / LABELS).open("a+b") as labels:
         _lock(images, partial)
-        progress = _read_progress(partial, _sha256(key.encode()))
+        progress = _read_progress(partial, _sha256(json.dumps(same).encode()))
         image_bytes = spec.channels * spec.size[0] * spec.size[1]
         _cut(images, progress.count * image_bytes)
         _cut(labels, progress.count * 8)
         tally = Tally(source, spec, strict)
         tally.skipped, tally.low, tally.high = progress.skipped, progress.low, progress.high
+        if progress.count:
+            labels.seek(0)
+            tally.labelled = int.from_bytes(labels.read(8), sys.byteorder, signed=True) >= 0
         if progress.read:
             print(f"Going on after {progress.read:,} of {len(source.samples):,} images", flush=True)
         with Board() as board:
@@ -102,22 +106,22 @@ def pack_source(source: Source, spec: Spec, out: Path, strict: bool = False) -> 
                 _append(images, labels, partial, progress, tally, block)
                 task.advance(block[2])
                 task.say(f"{progress.count:,} images")
-        labels.seek(0)
-        known = check_labels(np.frombuffer(labels.read(), np.int64).tolist(), tally)
+        tally.require_images()
         for line in tally.report():
             print(line, flush=True)
-        if known is None:
-            (partial / LABELS).unlink()
-        (partial / SKIPPED).write_text("".join(f"{name}\t{why}\n" for name, why in tally.skipped))
+        _write_durably(partial / SKIPPED, "".join(f"{n}\t{why}\n" for n, why in tally.skipped))
         _write_manifest(partial, tally, progress)
-        (partial / PROGRESS).unlink()
         os.rename(partial, out)
+    # What a pack does not need, after all else: until the renaming it may still be gone on with.
+    (out / PROGRESS).unlink()
+    if not tally.labelled:
+        (out / LABELS).unlink()
     return out
 
 
 def _write_manifest(folder: Path, tally: Tally, progress: _Progress) -> None:
     source, spec = tally.source, tally.spec
-    small = [name for name in (LABELS, SKIPPED) if (folder / name).exists()]
+    small = [LABELS, SKIPPED] if tally.labelled else [SKIPPED]
     content = {
         "format": FORMAT,
         "count": progress.count,

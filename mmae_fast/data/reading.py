@@ -106,15 +106,19 @@ def ordered_map(
 
 
 class Tally:
-    """What went wrong, and what range the values had."""
+    """What went wrong, whether there are labels, and what range the values had."""
 
     def __init__(self, source: Source, spec: Spec, strict: bool) -> None:
         self.source, self.spec, self.strict = source, spec, strict
         self.skipped: list[tuple[str, str]] = []
+        self.labelled: bool | None = None  # none: no image yet
         self.low, self.high = float("inf"), float("-inf")
 
     def add(self, sample: Sample, result: Decoded | Undecodable) -> bool:
-        """Whether there is an image. Raises: UserError: there is none, and ``strict``."""
+        """Whether there is an image.
+
+        Raises: UserError: there is none, and ``strict``; a label that does not fit.
+        """
         if isinstance(result, Undecodable):
             if self.strict:
                 raise UserError(
@@ -123,8 +127,28 @@ class Tally:
                 )
             self.skipped.append((sample.name, str(result)))
             return False
+        labelled = sample.label >= 0
+        if self.labelled not in (None, labelled):
+            has, others = ("a", "no") if labelled else ("no", "a")
+            raise UserError(
+                f"{sample.name} ({self.source.origin}) has {has} label, those before it {others}"
+            )
+        if sample.label >= len(self.source.classes):
+            raise UserError(
+                f"{sample.name} ({self.source.origin}) has label {sample.label}, there are "
+                f"{len(self.source.classes)} classes"
+            )
+        self.labelled = labelled
         self.low, self.high = min(self.low, result.low), max(self.high, result.high)
         return True
+
+    def require_images(self) -> None:
+        """Raise UserError if there was no image."""
+        if self.labelled is None:
+            raise UserError(
+                f"no image of {self.source.origin} can be decoded, e.g. "
+                f"{': '.join(self.skipped[0]) if self.skipped else 'there is none'}"
+            )
 
     def report(self) -> list[str]:
         """Lines for the screen."""
@@ -153,34 +177,16 @@ def read_images(source: Source, spec: Spec, strict: bool) -> ImageData:
         if tally.add(sample, result):
             images[len(labels)] = result.pixels
             labels.append(sample.label)
+    tally.require_images()
     for line in tally.report():
         print(line, flush=True)
     return ImageData(
         torch.from_numpy(images[: len(labels)]),
-        check_labels(labels, tally),
+        torch.tensor(labels) if tally.labelled else None,
         source.classes,
         f"{source.origin} ({len(labels):,} images)",
         skipped=tuple(tally.skipped),
     )
-
-
-def check_labels(labels: list[int], tally: Tally) -> torch.Tensor | None:
-    """Labels as a tensor, or none. Raises: UserError: no images, or only some with a label."""
-    source = tally.source
-    if not labels:
-        raise UserError(
-            f"no image of {source.origin} can be decoded, e.g. {': '.join(tally.skipped[0])}"
-        )
-    known = torch.tensor(labels)
-    if (known < 0).all():
-        return None
-    if (known < 0).any() or known.max() >= len(source.classes):
-        raise UserError(
-            f"{int((known < 0).sum())} images of {source.origin} have no label, others have one"
-            if (known < 0).any()
-            else f"{source.origin} has label {int(known.max())} and {len(source.classes)} classes"
-        )
-    return known
 
 
 def _check_memory(source: Source, spec: Spec) -> None:

@@ -38,7 +38,7 @@ class Source:
     classes: tuple[str, ...]
     origin: str
     in_chans: int | None = None  # what they are converted to by default; none: as the first is
-    identity: str = ""  # changes when the samples do; "" for those that never change
+    identity: str = ""  # changes when the samples do; "" where the origin says it all
 
 
 def open_source(name: str, split: str = "train") -> Source:
@@ -86,7 +86,7 @@ def folder(path: Path) -> Source:
         if not found:
             raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {part}")
         samples += [Sample(str(p.relative_to(path)), p, label) for p in found]
-        identity += [_file_identity(p) for p in found]
+        identity += [f"{p.relative_to(path)} {_file_identity(p)}" for p in found]
     array = samples[0].data.suffix.lower() == ".npy"
     return Source(samples, tuple(classes), str(path), None if array else 3, _digest(identity))
 
