@@ -65,11 +65,8 @@ class TrainingStep:
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
-        self.average = (
-            {name: value.detach().clone() for name, value in model.state_dict().items()}
-            if config.ema is not None
-            else {}
-        )
+        averaged = self.params if config.ema is not None else {}
+        self.average = {name: param.detach().clone() for name, param in averaged.items()}
         self.running = [
             buffer
             for module in model.modules()
@@ -158,11 +155,8 @@ class TrainingStep:
         self.optimizer.zero_grad()
         if self.average:
             weight = (1 - self.config.ema) * (~bad).float()
-            for name, value in self.model.state_dict().items():
-                if value.is_floating_point():
-                    self.average[name].lerp_(value, weight.to(value.dtype))
-                else:
-                    self.average[name].copy_(value)
+            for name, average in self.average.items():
+                average.lerp_(self.params[name], weight)
 
     def _count(self, terms: Tensor, bad: Tensor) -> None:
         values = torch.cat([terms.new_ones(1), terms.sum().unsqueeze(0), terms])
@@ -208,8 +202,9 @@ class TrainingStep:
         for name, param in self.params.items():
             state = self.optimizer.state[param]
             training |= {f"{key}.{name}": value for key, value in state.items()}
-        files = {"model": self.model.state_dict(), "training": training}
-        return files | ({"ema": self.average} if self.average else {})
+        model = self.model.state_dict()
+        files = {"model": model, "training": training}
+        return files | ({"ema": {**model, **self.average}} if self.average else {})
 
 
 def compile_blocks(model: nn.Module) -> None:
