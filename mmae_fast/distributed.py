@@ -15,7 +15,8 @@ times the number of ranks W where ``grad_scale="mean"``. Averaging over the rank
 divides by W, so that what comes out is the gradient of the global value, for any W and any shards.
 ``grad_scale="sum"`` is without that factor: for gradients that are summed, or to repeat published
 programs whose regulariser acts as 1/W of its weight under averaging. Both take for granted that
-every rank does the same with the value.
+every rank does the same with the value. (W is the size of the group: averaged over the ranks of
+several groups, it is the gradient of the mean of their values.)
 
 Under torch.compile a call with a process group is a graph break, and runs as it does without:
 the number of rows of the other ranks is known on the host when the call is made, and not before.
@@ -29,6 +30,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,13 +41,15 @@ from . import operators, reference
 ROWS_PER_FEATURE = 4
 GRAD_SCALES = ("mean", "sum")
 
+F = TypeVar("F", bound=Callable)
+
 
 def over_ranks(
     *views: str,
     rows: tuple[str, ...] = (),
     reduced: Callable | None = None,
     unless: str | None = None,
-):
+) -> Callable[[F], F]:
     """Gives a function of local rows its ``process_group`` and ``grad_scale``.
 
     Args:
@@ -57,7 +61,7 @@ def over_ranks(
     The function declares both keywords for its signature and never sees a group in them.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: F) -> F:
         signature = inspect.signature(function)
 
         @functools.wraps(function)

@@ -82,9 +82,9 @@ def sizes_of(n, world):
     return sizes
 
 
-def inputs(name, shape, dtype=torch.float64):
+def inputs(name, shape):
     """Views, and the arguments with an entry per row."""
-    views = [features("gaussian", *shape, dtype=dtype, seed=seed) for seed in (0, 1)]
+    views = [features("gaussian", *shape, dtype=torch.float64, seed=seed) for seed in (0, 1)]
     rows = {}
     if name == "coding_rate_reduction":
         rows["labels"] = torch.arange(shape[-2]).expand(shape[:-1]) % 3
@@ -128,8 +128,8 @@ def assert_close(actual, expected, tolerance, largest, what):
         assert error <= tolerance, (what, float(error))
 
 
-def check(ranks, name, options, shape, grad_scale="mean", tolerance=1e-9, dtype=torch.float64):
-    views, rows = inputs(name, shape, dtype)
+def check(ranks, name, options, shape, grad_scale="mean", tolerance=1e-9, singular=False):
+    views, rows = inputs(name, shape)
     mask = options.get("mask")
     options = {key: value for key, value in options.items() if key != "mask"}
     if mask is not None:
@@ -142,6 +142,8 @@ def check(ranks, name, options, shape, grad_scale="mean", tolerance=1e-9, dtype=
             assert not isinstance(result, Failure), (world, rank, result)
             value, grads = result
             assert_close(value, one, tolerance, one.abs().max(), (world, rank))
+            if singular:
+                continue
             factor = world if grad_scale == "mean" else 1
             own, _ = own_rows(rank, one_grads, {}, sizes)
             for grad, part, whole in zip(grads, own, one_grads, strict=True):
@@ -154,12 +156,13 @@ def check(ranks, name, options, shape, grad_scale="mean", tolerance=1e-9, dtype=
 @pytest.mark.parametrize("options", ROWS, ids=str)
 @pytest.mark.parametrize("name", ONE_VIEW)
 def test_one_view(ranks, name, options, masked, shape):
-    if shape == GATHERED and name == "entropy-0.5" and (masked or "center" in options):
-        pytest.skip("a zero eigenvalue: the gradient of this order is not determined")
+    # A zero eigenvalue, where the gradient of this order is not determined.
+    zero = masked or "center" in options
+    singular = shape == GATHERED and name == "entropy-0.5" and zero
     if masked:
         mask = torch.rand(shape[:-1], generator=torch.Generator().manual_seed(1)) > 0.2
         options = options | {"mask": mask}
-    check(ranks, name, options, shape)
+    check(ranks, name, options, shape, singular=singular)
 
 
 @pytest.mark.parametrize("shape", [REDUCED, GATHERED], ids=["reduced", "gathered"])
