@@ -94,8 +94,7 @@ def test_gradients_in_parts_are_those_of_the_batch(method):
     features, terms = whole._gradients(batch(0))
     seen, same_terms = parts._gradients_in_parts(batch(0))
     torch.testing.assert_close(same_terms, terms, rtol=1e-6, atol=0)
-    if method != "mae":
-        torch.testing.assert_close(seen, features, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen, features, rtol=1e-5, atol=1e-6)
     largest = max(param.grad.abs().max() for param in whole.params.values())
     for name, param in whole.params.items():
         assert (parts.params[name].grad - param.grad).abs().max() <= 1e-6 * largest, name

@@ -15,10 +15,12 @@ from mmae_fast.runs import read_metrics
 from mmae_fast.step import TrainingStep
 from mmae_fast.train import pretrain
 
-pytestmark = [
+needs_cuda = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+# What means something on a CPU runs there too, so that it is known to work.
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 CONFIG = PretrainConfig(
     model=ModelConfig(4, 64, 2, 2, 32, 1, 2),
     batch_size=16,
@@ -26,7 +28,6 @@ CONFIG = PretrainConfig(
     clip_grad=1.0,
     ema=0.9,
     log_every=2,
-    device="cuda",
 )
 
 
@@ -41,27 +42,27 @@ class Silent:
         pass
 
 
-def make(**changes):
+def make(device, **changes):
     config = dataclasses.replace(CONFIG, **changes)
-    world = World(torch.device("cuda"))
+    world = World(torch.device(device))
     torch.manual_seed(0)
-    model = build_model(config, (32, 32), 3).cuda()
+    model = build_model(config, (32, 32), 3).to(device)
     return TrainingStep(model, build_objective(config.loss, world), config, world)
 
 
-def batch(step):
+def batch(device, step):
     rng = torch.Generator().manual_seed(step)
-    return (
-        torch.randn(16, 3, 32, 32, generator=rng).cuda(),
-        torch.rand(16, 64, generator=rng).cuda(),
-    )
+    images = torch.randn(16, 3, 32, 32, generator=rng)
+    return images.to(device), torch.rand(16, 64, generator=rng).to(device)
 
 
+@pytest.mark.gpu
+@needs_cuda[1]
 @pytest.mark.parametrize("method", ["mae", "u_mae", "m_mae"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_does_not_wait_for_the_device(method, accumulate):
-    update = make(loss=LossConfig(method), accumulate=accumulate)
-    inputs = batch(0)
+    update = make("cuda", loss=LossConfig(method), accumulate=accumulate)
+    inputs = batch("cuda", 0)
     update(inputs, 1e-3)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -73,13 +74,14 @@ def test_a_step_does_not_wait_for_the_device(method, accumulate):
     assert math.isfinite(update.read()["loss"])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_changes_nothing(accumulate):
-    update = make(accumulate=accumulate)
-    update(batch(0), 1e-3)
+def test_a_step_that_is_not_finite_changes_nothing(device, accumulate):
+    update = make(device, accumulate=accumulate)
+    update(batch(device, 0), 1e-3)
     before = {name: param.detach().clone() for name, param in update.params.items()}
     average = {name: value.clone() for name, value in update.average.items()}
-    images, noise = batch(1)
+    images, noise = batch(device, 1)
     images[3, 0, 2, 2] = math.nan
     update((images, noise), 1e-3)
     assert update.read()["skipped_steps"] == 1
@@ -88,12 +90,14 @@ def test_a_step_that_is_not_finite_changes_nothing(accumulate):
     assert all(update.optimizer.state[p]["step"] == 1 for p in update.params.values())
 
 
-@pytest.mark.parametrize("changes", [{}, {"compile": True}])
-def test_training_and_resuming(tmp_path, changes):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=needs_cuda)])
+def test_training_and_resuming(tmp_path, device, compile):
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=rng)
     data = ImageData(pixels, None, (), "made up"), None
-    config = dataclasses.replace(CONFIG, out=tmp_path / "run", epochs=4, warmup_epochs=1, **changes)
+    changes = {"out": tmp_path / "run", "epochs": 4, "warmup_epochs": 1, "compile": compile}
+    config = dataclasses.replace(CONFIG, device=device, **changes)
     pretrain(config, data, Silent())
     records = read_metrics(config.out / "metrics.jsonl")
     assert records[-1]["step"] == 16 and math.isfinite(records[-1]["loss"])
