@@ -29,7 +29,8 @@ class Logbook:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=start)
+            purged = start + 1 if start else 0  # and what follows
+            self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=purged)
         if config.wandb:
             import wandb
 

@@ -12,6 +12,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mmae_fast.accumulate import accumulate_gradients
 from mmae_fast.config import PretrainConfig, UserError
 from mmae_fast.launch import BatchNorm, World, wrap
 from mmae_fast.objective import Objective
@@ -35,7 +36,8 @@ class TrainingStep:
 
     Args:
         model: on the device of ``world``; sharded in place where the configuration says so.
-        phase: context managers around "forward", "backward" and "optimizer", for a profile.
+        phase: context managers around "forward", "loss", "backward" and "optimizer", for a
+            profile.
     """
 
     def __init__(
@@ -65,11 +67,8 @@ class TrainingStep:
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
-        self.average = (
-            {name: value.detach().clone() for name, value in model.state_dict().items()}
-            if config.ema is not None
-            else {}
-        )
+        averaged = self.params if config.ema is not None else {}
+        self.average = {name: param.detach().clone() for name, param in averaged.items()}
         self.running = [
             buffer
             for module in model.modules()
@@ -107,44 +106,31 @@ class TrainingStep:
         return self.objective.features(out).detach(), torch.stack(terms).detach()
 
     def _gradients_in_parts(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The same, holding the activations of one part of the batch at a time.
-
-        A regulariser of the whole batch is no sum over its parts. The features of all parts come
-        first, without activations; its gradient with respect to them then enters the backward pass
-        of each part as a constant.
-        """
+        """The same, holding the activations of one part of the batch at a time."""
         parts = list(zip(*(x.chunk(self.config.accumulate) for x in inputs), strict=True))
-        regularizer, slopes = inputs[0].new_zeros(()), [None] * len(parts)
-        if self.objective.regularizer.kind != "none":
-            with self.phase("features"), torch.no_grad():
-                features = torch.cat([self._forward(part, features_only=True) for part in parts])
-            with self.phase("loss"):
-                regularizer = self.objective.regularizer(features.requires_grad_())
-                slopes = torch.autograd.grad(regularizer, features)[0].chunk(len(parts))
-        recon_loss = torch.zeros_like(regularizer)
-        for i, (part, slope) in enumerate(zip(parts, slopes, strict=True)):
-            with self._reduction(last=i == len(parts) - 1):
-                with self.phase("forward"):
-                    out = self._forward(part)
-                    loss = share = out.loss / len(parts)
-                    if slope is not None:
-                        loss = share + (out.features * slope).sum()
-                with self.phase("backward"):
-                    loss.backward()
-            recon_loss = recon_loss + share.detach()
-        seen = out.features if slope is None else features
-        return seen.detach(), torch.stack([recon_loss, regularizer.detach()])
+        regularizer = self.objective.regularizer
+        losses, seen = [], []
+
+        def forward(part: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            if torch.is_grad_enabled():
+                out = self._forward(part)
+                losses.append(out.loss.detach())
+                seen.append(out.features.detach())
+                return out.loss, out.features
+            # The first of two passes is for the features, and for nothing without a regulariser.
+            images = part[0]
+            if regularizer.kind == "none":
+                return images.new_zeros(()), images.new_zeros(len(images), 1)
+            return images.new_zeros(()), self._forward(part, features_only=True)
+
+        with self.phase("parts"):
+            _, term = accumulate_gradients(self.network, forward, parts, regularizer)
+        return torch.cat(seen), torch.stack([torch.stack(losses).mean(), term])
 
     def _forward(self, inputs: tuple[Tensor, ...], **options: bool) -> Any:
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
             return self.network(*inputs, **options)
-
-    def _reduction(self, last: bool) -> AbstractContextManager[Any]:
-        """Under DDP, gradients are averaged over the processes once, with the last part's."""
-        if last or not isinstance(self.network, nn.parallel.DistributedDataParallel):
-            return nullcontext()
-        return self.network.no_sync()
 
     def _update(self, norm: Tensor, bad: Tensor, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -158,11 +144,8 @@ class TrainingStep:
         self.optimizer.zero_grad()
         if self.average:
             weight = (1 - self.config.ema) * (~bad).float()
-            for name, value in self.model.state_dict().items():
-                if value.is_floating_point():
-                    self.average[name].lerp_(value, weight.to(value.dtype))
-                else:
-                    self.average[name].copy_(value)
+            for name, average in self.average.items():
+                average.lerp_(self.params[name], weight)
 
     def _count(self, terms: Tensor, bad: Tensor) -> None:
         values = torch.cat([terms.new_ones(1), terms.sum().unsqueeze(0), terms])
@@ -208,8 +191,9 @@ class TrainingStep:
         for name, param in self.params.items():
             state = self.optimizer.state[param]
             training |= {f"{key}.{name}": value for key, value in state.items()}
-        files = {"model": self.model.state_dict(), "training": training}
-        return files | ({"ema": self.average} if self.average else {})
+        model = self.model.state_dict()
+        files = {"model": model, "training": training}
+        return files | ({"ema": {**model, **self.average}} if self.average else {})
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -111,6 +111,15 @@ def test_evaluation_knows_no_training():
         assert not inside & above, f"{name} imports {inside & above}"
 
 
+def test_the_rooms_of_training():
+    """train is the loop on top; each room below knows those before it."""
+    order = ["manifest", "launch", "runs", "objective", "step", "checkpoint", "logbook", "train"]
+    for place, name in enumerate(order):
+        inside, _ = imports(modules()[name])
+        assert not inside & set(order[place:]), f"{name} imports {inside & set(order[place:])}"
+        assert not inside & {"demo", "compare", "finetune", "cli"}, name
+
+
 def test_configurations_need_the_standard_library_only():
     for name in ("config", "eval_config", "recipes"):
         inside, outside = imports(modules()[name])

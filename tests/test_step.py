@@ -85,6 +85,21 @@ def test_an_update_is_that_of_adamw():
             torch.testing.assert_close(update.params[name], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["mae", "u_mae", "m_mae", "von_neumann"])
+def test_gradients_in_parts_are_those_of_the_batch(method):
+    whole, parts = (
+        make(loss=LossConfig(method, weight=1.0, center=method == "m_mae"), accumulate=n)
+        for n in (1, 4)
+    )
+    features, terms = whole._gradients(batch(0))
+    seen, same_terms = parts._gradients_in_parts(batch(0))
+    torch.testing.assert_close(same_terms, terms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(seen, features, rtol=1e-5, atol=1e-6)
+    largest = max(param.grad.abs().max() for param in whole.params.values())
+    for name, param in whole.params.items():
+        assert (parts.params[name].grad - param.grad).abs().max() <= 1e-6 * largest, name
+
+
 def test_no_clipping_below_the_limit():
     updates = [make(clip_grad=limit) for limit in (None, 1e6)]
     for update in updates:

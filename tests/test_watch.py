@@ -139,6 +139,9 @@ def test_tensorboard(config, data, monkeypatch):
     for record in read_metrics(config.out / "metrics.jsonl"):
         for name in record:
             assert written[name, record["step"]] == record[name]
+    calls.clear()
+    show(dataclasses.replace(config, tensorboard=True, resume=True), data)
+    assert calls[0] == (str(config.out / "tensorboard"), 21)
 
 
 def test_wandb(config, data, monkeypatch):

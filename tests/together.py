@@ -37,8 +37,8 @@ CONFIG = PretrainConfig(
     base_lr=1e-2,
     clip_grad=1.0,
     ema=0.95,
-    log_every=1,
-    monitor_every=25,
+    log_every=2,
+    monitor_every=50,
     save_every=5,
     device="cpu",
 )
