@@ -290,7 +290,7 @@ def test_timm_loads_the_classifier(encoder, tmp_path):
     "changes, words",
     [
         (dict(epochs=0), "epochs must be >= 1, got 0"),
-        (dict(warmup_epochs=20), r"warmup_epochs must be in \[0, 20\), got 20"),
+        (dict(warmup_epochs=30), r"warmup_epochs must be in \[0, 30\), got 30"),
         (dict(layer_decay=1.5), r"layer_decay must be in \(0, 1\], got 1.5"),
         (dict(drop_path=1.0), r"drop_path must be in \[0, 1\), got 1.0"),
         (dict(mixup=-0.1), "mixup must be >= 0, got -0.1"),
