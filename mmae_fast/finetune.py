@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from mmae_fast.augment import AUGMENTATION, augment, epoch_order, generator, normalise
 from mmae_fast.checkpoint import latest_checkpoint, restore, save_checkpoint
 from mmae_fast.config import UserError, to_dict
+from mmae_fast.data import save_skipped
 from mmae_fast.eval_config import FinetuneConfig
 from mmae_fast.evaluate import OpenRun, check_labels, open_run
 from mmae_fast.export import encoder_options, timm_state
@@ -95,6 +96,7 @@ def finetune(config: FinetuneConfig, task: Task | None = None) -> tuple[float, s
         start = restore(config.out, files, world)
     else:
         create_run(config, meta["data"])
+        save_skipped(config.out, train, test)
     metrics = MetricsFile(config.out / "metrics.jsonl", start)
     batches = LabelledBatches(source, config)
 
