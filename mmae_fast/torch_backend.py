@@ -139,12 +139,12 @@ def entropy_of_gram(
     tau = torch.where(empty, 1, trace)
     v = None
     if alpha == 2:
-        square = torch.linalg.vector_norm(g, dim=-1).double().square().sum(-1)
-        square = torch.where(empty, 1, square)
-        h = (2 * tau.double().log() - square.log()).to(g.dtype)
+        rho = torch.div(g, tau[..., None, None], out=g if overwrite else None)
+        purity = torch.linalg.vector_norm(rho, dim=-1).double().square().sum(-1)
+        purity = torch.where(empty, 1, purity)
+        h = -purity.log().to(g.dtype)
         if need_weight:
-            factor = (-2 / square).to(g.dtype)[..., None, None]
-            v = g.mul_(factor) if overwrite else g * factor
+            v = rho.mul_((-2 / (purity * tau)).to(g.dtype)[..., None, None])
             v.diagonal(dim1=-2, dim2=-1).add_((2 / tau).unsqueeze(-1))
     else:
         # Eigensolvers reject NaN and Inf: they get I there. (On the CPU it costs nothing to look.)
