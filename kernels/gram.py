@@ -42,11 +42,12 @@ def _products(
 
 @triton.jit
 def _finish(
-    acc, s_i, gram, moments, i, j, order, tile,
+    acc, s_i, gram, moments, row, column, order, tile, BLOCK: tl.constexpr,
     UNIT: tl.constexpr, STORE: tl.constexpr, FULL: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """What happens to a complete tile. ``tile`` counts over the batch; gram is this matrix's."""
-    i, j = i[:, None], j[None, :]
+    down, across = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    i, j = row * BLOCK + down, column * BLOCK + across
     diagonal = i == j
     if UNIT:
         acc = tl.where(diagonal & (s_i > 0)[:, None] & (s_i < float("inf"))[:, None], 1.0, acc)
@@ -57,12 +58,15 @@ def _finish(
         tl.store(moments + 2 * tile, square)
         tl.store(moments + 2 * tile + 1, trace)
     if STORE:
-        lower = (i >= j) & (i < order)
-        tl.store(gram + i.to(tl.int64) * order + j, acc, mask=lower)
+        # 64-bit for the corner of the tile, 32 within it: addresses fill the registers here.
+        top, left = (row * BLOCK).to(tl.int64), (column * BLOCK).to(tl.int64)
+        corner = gram + top * order + left
+        tl.store(corner + (down * order + across), acc, mask=(i >= j) & (i < order))
         if FULL:  # the same numbers, so that it is exactly symmetric
-            i, j = tl.trans(i), tl.trans(j)
-            at = j.to(tl.int64) * order + i
-            tl.store(gram + at, tl.trans(acc), mask=(i > j) & (i < order))
+            corner = gram + left * order + top
+            i, j = row * BLOCK + across, column * BLOCK + down
+            mirrored = (i > j) & (i < order)
+            tl.store(corner + (down * order + across), tl.trans(acc), mask=mirrored)
 
 
 @triton.jit
@@ -130,7 +134,9 @@ def _gram_kernel(
         tl.store(partial + tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + within, acc)
     else:
         gram += batch * order * order
-        _finish(acc, s_i, gram, moments, i, j, order, tile, UNIT, STORE, FULL, MOMENTS)
+        _finish(
+            acc, s_i, gram, moments, row, column, order, tile, BLOCK, UNIT, STORE, FULL, MOMENTS
+        )  # fmt: skip
 
 
 @triton.jit
@@ -148,7 +154,6 @@ def _reduce_kernel(
     batch = (tile // tiles).to(tl.int64)
     row, column = triangle_tile(tile % tiles, side, GROUP)
     i = row * BLOCK + tl.arange(0, BLOCK)
-    j = column * BLOCK + tl.arange(0, BLOCK)
     within = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for split in range(splits):
@@ -156,7 +161,9 @@ def _reduce_kernel(
         acc += tl.load(partial + at + within)
     s_i = tl.load(scale + batch * n + i, mask=i < n, other=0.0)
     gram += batch * order * order
-    _finish(acc, s_i, gram, moments, i, j, order, tile, UNIT, STORE, FULL, MOMENTS)
+    _finish(
+        acc, s_i, gram, moments, row, column, order, tile, BLOCK, UNIT, STORE, FULL, MOMENTS
+    )  # fmt: skip
 
 
 def splits_for(tiles: int, steps: int, multiprocessors: int) -> int:
@@ -198,11 +205,18 @@ def gram(
     if not batch * order:
         empty = z.new_zeros(batch, order, order, dtype=torch.float32)
         return empty, z.new_zeros(batch, 2, dtype=torch.float64)
-    config = config or configs.gram(z.dtype, order, samples, z.device.index or 0)
+    raw = samples and mean is None
+    if config is None:
+        options = {"unit": unit, "store": store, "full": full, "moments": moments}
+        config = configs.choose(
+            ("gram", z.dtype, z.shape, samples, raw, precision, *options.values()),
+            configs.gram(z.dtype, order, raw, configs.architecture(z.device.index)),
+            lambda c: gram(z, scale, mean, mask, samples, precision=precision, config=c, **options),
+        )
     side = triton.cdiv(order, config.block)
     tiles = batch * (side * (side + 1) // 2)
     steps = triton.cdiv(depth, config.depth)
-    splits = splits_for(tiles, steps, configs.multiprocessors(z.device.index or 0))
+    splits = splits_for(tiles, steps, configs.multiprocessors(z.device.index))
     span = triton.cdiv(steps, splits) * config.depth
     splits = triton.cdiv(depth, span)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=z.device)  # noqa: E731
@@ -212,7 +226,7 @@ def gram(
     unused = scale
     pointers = [unused if x is None else x for x in (mean, mask, out, sums, partial)]
     flags = {
-        "UNIT": unit and samples and mean is None, "STORE": store, "FULL": full,
+        "UNIT": unit and raw, "STORE": store, "FULL": full,
         "MOMENTS": moments, "BLOCK": config.block, "GROUP": 8,
     }  # fmt: skip
     _gram_kernel[(tiles * splits,)](
