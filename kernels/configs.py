@@ -30,7 +30,7 @@ class Config(NamedTuple):
     stages: int
 
 
-# Kinds of operand: "float32"; 16-bit as it is ("raw"), in two parts ("split"), times float32 ("wide").
+# Operands: "float32"; 16-bit as they are ("raw"), in two parts ("split"), times float32 ("wide").
 GRAM = {
     (80, "float32"): Config(64, 32, 4, 3),  # 128: the parts of 3xTF32 spill
     (90, "float32"): Config(128, 16, 8, 3),  # 32 deep: spills

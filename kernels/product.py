@@ -8,9 +8,9 @@ features side the row that ẑ_i · y_i is over lies in several tiles: each leav
 (n x tiles of a row), and a second kernel adds them in order and projects. y is float32: it is kept
 in the gradient itself where that is float32, else in a scratch of SCRATCH_BYTES, rows at a time.
 
-2 k² m flops a matrix, multiplied as 3xTF32; 16-bit z is exact in TF32 (and so is p_i z_i, tiles.py),
-which leaves two products, for the two parts of W'. Rounding W' would not do: where rows are nearly
-alike the sums cancel, and what remains of them is the rounding.
+2 k² m flops a matrix, multiplied as 3xTF32; 16-bit z is exact in TF32 (and so is p_i z_i, see
+tiles.py), which leaves two products, for the two parts of W'. Rounding W' would not do: where rows
+are nearly alike the sums cancel, and what remains of them is the rounding.
 """
 
 import torch
