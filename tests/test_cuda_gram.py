@@ -132,3 +132,24 @@ def test_joint_entropy():
     z1, z2 = (features("gaussian", 2, 9, 12, seed=seed, dtype=torch.float64) for seed in (1, 2))
     got = cuda_backend.joint_entropy_fwd(z1, z2, None, 1.0, True, False, False)[0]
     torch.testing.assert_close(got, reference.joint_entropy(z1, z2, 1.0))
+
+
+def test_ladder_of_eigensolvers(ops):
+    """Above the kernels: the vendor's batched one for a batch, PyTorch's for a matrix."""
+    ops.shared = 16 * 1024
+    one, many = features("gaussian", 60, 61), features("gaussian", 2, 60, 61)
+    for z, solver, called in ((one, True, False), (many, True, True), (many, False, False)):
+        ops.solver, ops.launches = solver, []
+        check(entropy(1.0), z, center=True)
+        assert ("eigh" in ops.launches) == called
+    ops.solver = True
+    joint = cuda_backend.joint_entropy_fwd(many, many, None, 3.0, True, False, True)
+    truth = reference.joint_entropy(many.double(), many.double(), 3.0)
+    torch.testing.assert_close(joint[0].double(), truth, rtol=1e-5, atol=1e-6)
+    assert "eigh" in ops.launches
+
+
+def test_limits(ops):
+    assert cuda_backend.limits() == {"coding rate": 256, "alpha = 2": 256, "other alpha": 235}
+    ops.shared = 99 * 1024
+    assert cuda_backend.limits(True) == {"coding rate": 151, "alpha = 2": 256, "other alpha": 103}
