@@ -1,6 +1,7 @@
 """Fine-tuning: groups and schedule as published, learning, and resuming bit for bit."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -343,6 +344,26 @@ def test_a_folder_in_use_and_other_settings(encoder, tmp_path):
         finetune(config, Task())
     with pytest.raises(UserError, match="cannot be resumed with other settings: base_lr"):
         finetune(dataclasses.replace(config, resume=True, base_lr=1.0), Task())
+
+
+def test_photos_for_a_model_of_small_grey_images(encoder, tmp_path):
+    """They are decoded as the model takes them, unless another size is asked for."""
+    from torchvision.io import write_png
+
+    for split, label in itertools.product(("train", "val"), ("a", "b")):
+        (tmp_path / split / label).mkdir(parents=True)
+        for i in range(3):
+            pixels = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+            write_png(pixels, str(tmp_path / split / label / f"{i}.png"))
+    config = FinetuneConfig(encoder, str(tmp_path), device="cpu")
+    run = open_run(config)
+    assert run.train.images.shape == (6, 1, 8, 8)
+    assert run.model.patch_embed.grid_size == (4, 4)
+    run = open_run(dataclasses.replace(config, img_size=(8, 12)))
+    assert run.test.images.shape == (6, 1, 8, 12)
+    assert run.model.patch_embed.grid_size == (4, 6)
+    with pytest.raises(UserError, match="patch_size must divide the image size, got 2 for 9x9"):
+        open_run(dataclasses.replace(config, img_size=9))
 
 
 def test_only_vision_transformers(tmp_path):
