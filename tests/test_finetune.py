@@ -26,8 +26,8 @@ from mmae_fast.classifier import (
 )
 from mmae_fast.config import DataConfig, ModelConfig, PretrainConfig, UserError, to_dict
 from mmae_fast.data import load_data
-from mmae_fast.eval_config import FINETUNE_RECIPES, ExportConfig, FinetuneConfig
-from mmae_fast.evaluate import open_run
+from mmae_fast.eval_config import FINETUNE_RECIPES, ExportConfig, FinetuneConfig, ProbeConfig
+from mmae_fast.evaluate import open_run, probe
 from mmae_fast.export import encoder_options, export
 from mmae_fast.finetune import finetune
 from mmae_fast.launch import World
@@ -252,6 +252,20 @@ def test_resume_is_bitwise(encoder, tmp_path, changes, stop_after):
     ):
         first.pop("images_per_second"), second.pop("images_per_second")
         assert first == second
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(encoder, tmp_path):
+    """Every part of the published recipe, stopped and resumed; the LARS probe beside it."""
+    on_gpu = dict(device="cuda", precision="bf16", rand_augment=9, ema=0.9)
+    config = tiny(encoder, tmp_path / "gpu", **FULL | on_gpu)
+    with pytest.raises(Interrupted):
+        finetune(config, Task(7))
+    accuracy, _ = finetune(dataclasses.replace(config, resume=True), Task())
+    assert accuracy > 0.1
+    lars = ProbeConfig(encoder, protocol="lars", augment=True, epochs=12, device="cuda")
+    assert 0 <= probe(lars)[0] <= 1
 
 
 def test_another_seed_is_another_run(encoder, tmp_path):
