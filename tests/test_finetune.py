@@ -262,8 +262,10 @@ def test_on_a_gpu(encoder, tmp_path):
     config = tiny(encoder, tmp_path / "gpu", **FULL | on_gpu)
     with pytest.raises(Interrupted):
         finetune(config, Task(7))
-    accuracy, _ = finetune(dataclasses.replace(config, resume=True), Task())
-    assert accuracy > 0.1
+    finetune(dataclasses.replace(config, resume=True), Task())
+    records = read_metrics(config.out / "metrics.jsonl")
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert all(0 < record["loss"] < 2.4 for record in records)  # log 10 is 2.303
     lars = ProbeConfig(encoder, protocol="lars", augment=True, epochs=12, device="cuda")
     assert 0 <= probe(lars)[0] <= 1
 
