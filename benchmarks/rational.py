@@ -10,6 +10,7 @@ from those of m - 1 and m - 2, in logarithms, of which the differences shrink li
 """
 
 import argparse
+import functools
 from unittest import mock
 
 import numpy as np
@@ -130,12 +131,17 @@ VARIANTS = (
 )
 
 
+@functools.cache
+def bases(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal columns, 2k x k and k x k."""
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(n, k, generator=generator, dtype=torch.float64) for n in (2 * k, k)]
+    return tuple(torch.linalg.qr(draw).Q for draw in draws)
+
+
 def spectrum_errors(lam: torch.Tensor, method: str, dtype, count: int) -> tuple[float, float]:
     """Of the value, absolute, and of the gradient, relative in norm, for 2k x k features."""
-    k = len(lam)
-    generator = torch.Generator().manual_seed(1)
-    left = torch.linalg.qr(torch.randn(2 * k, k, generator=generator, dtype=torch.float64)).Q
-    right = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64)).Q
+    left, right = bases(len(lam))
     rho = lam.double() / lam.double().sum()
     value = torch.special.entr(rho).sum()
     slope = torch.where(rho > 0, -(rho.clamp(min=1e-300).log() + value), 0) * 2 * rho.sqrt()
