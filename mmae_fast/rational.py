@@ -110,7 +110,8 @@ def von_neumann_of_gram(
     """H_1 of ``G / tr G``, ``(..., k, k)`` to ``(...)``, and ``V = dH/dG``.
 
     NaN where G has NaN or Inf. Besides G it takes k² numbers for B (none if ``overwrite`` lets B
-    have the place of G), k² for V, and k² for the shifted inverses, or TOGETHER if that is more.
+    have the place of G), k² for V, and 2k² for the shifted inverses and their products with B, or
+    2 TOGETHER if that is more.
     """
     poles = POLES[COUNT[g.dtype]]
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)

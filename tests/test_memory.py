@@ -32,9 +32,9 @@ QUANTITIES = {
 }
 # Matrices of k x k that a call may need. Compiled: G, V in its place, the weight, and pieces
 # of z; powers take three more. PyTorch: one place for G, its factor, V and the weight, and pieces;
-# for syevd G, the eigenvectors and its workspace of 2k² + 6k + 1; B, V and a shifted inverse.
+# for syevd G, the eigenvectors and its workspace of 2k² + 6k + 1; B, V, a shifted inverse, a product.
 CPU = {"coding rate": 3, "alpha = 2": 3, "alpha = 3": 5}
-PYTORCH = {"coding rate": 3, "alpha = 2": 3, "eigen": 4.1, "rational": 3.1}
+PYTORCH = {"coding rate": 3, "alpha = 2": 3, "eigen": 4.1, "rational": 4.1}
 
 
 def rows(n):
