@@ -15,8 +15,8 @@ KERNELS = ROOT / "kernels"
 # From the bottom up; a module imports from lower layers only. Modules of one layer may not import
 # each other, but for the pairs of SAME_LAYER.
 LAYERS = [
-    {"reference", "rational", "eager"},
-    {"rows"},
+    {"reference", "factor", "eager"},
+    {"rows", "rational"},
     {"kernels", "_C", "torch_backend"},
     {"cpu_backend", "cuda_backend", "triton_backend"},
     {"dispatch"},
