@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> measure(const Tensor& z, const std::optional<Tensor>&
   const int64_t k = whole ? f.k() : 0, n = whole ? f.n : 0, d = whole ? f.d : 0;
   Tensor g = empty(z, type, {k, k}), scale = empty(z, type, {n}), mean = empty(z, type, {d});
   Tensor along = empty(z, type, {n}), common = empty(z, type, {whole ? 1 : 0});
-  const cuda::Scratch scratch{g.mutable_data_ptr(), scale.mutable_data_ptr(),
+  const cuda::Scratch scratch{whole ? g.mutable_data_ptr() : nullptr, scale.mutable_data_ptr(),
                               mean.mutable_data_ptr(), along.mutable_data_ptr(),
                               common.mutable_data_ptr()};
   check_launch(
@@ -142,6 +142,32 @@ Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tenso
   return grad_z;
 }
 
+std::tuple<Tensor, Tensor> eigh(Tensor a, bool vectors) {
+  const int64_t dims = a.dim();
+  STD_TORCH_CHECK(dims >= 2 && a.is_contiguous() && a.size(dims - 1) == a.size(dims - 2) &&
+                      a.scalar_type() == accumulation_type(a),
+                  "mmae_fast::cuda_eigh_: a must be contiguous, (..., k, k), float32 or float64");
+  const int64_t k = a.size(dims - 1);
+  Tensor lam = empty(a, a.scalar_type(), {k}), info = empty(a, ScalarType::Int, {});
+  if (a.numel() == 0) return {lam, info};
+  size_t bytes = 0;
+  cuda::Eigh e{dtype_of(a),
+               a.numel() / (k * k),
+               k,
+               vectors,
+               a.mutable_data_ptr(),
+               lam.mutable_data_ptr(),
+               nullptr,
+               static_cast<int*>(info.mutable_data_ptr())};
+  check_launch(cuda::eigh(e, queue_of(a), &bytes), "cuda_eigh_");
+  Tensor work = torch::stable::new_empty(a, {int64_t(bytes) + 1}, ScalarType::Byte);
+  e.work = work.mutable_data_ptr();
+  check_launch(cuda::eigh(e, queue_of(a), &bytes), "cuda_eigh_");
+  return {lam, info};
+}
+
+bool has_solver() { return cuda::has_solver(); }
+
 int64_t max_order(bool is_rate, double alpha, bool is_double, int64_t device) {
   const DType dtype = is_double ? DType::kFloat64 : DType::kFloat32;
   return cuda::max_order(dtype, {is_rate, 0, alpha}, int(device));
@@ -165,6 +191,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
   m.def(
       "cuda_weight_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor weight, bool normalize, "
       "bool center) -> Tensor");
+  m.def("cuda_eigh_(Tensor(a!) a, bool vectors) -> (Tensor lam, Tensor info)");
+  m.def("cuda_has_solver() -> bool");
   m.def("cuda_max_order(bool is_rate, float alpha, bool is_double, int device) -> int");
 }
 
@@ -172,11 +200,13 @@ STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CUDA, m) {
   m.impl("cuda_coding_rate", TORCH_BOX(&coding_rate));
   m.impl("cuda_entropy", TORCH_BOX(&entropy));
   m.impl("cuda_gram_entropy", TORCH_BOX(&gram_entropy));
+  m.impl("cuda_eigh_", TORCH_BOX(&eigh));
   m.impl("cuda_gram", TORCH_BOX(&gram));
   m.impl("cuda_weight_bwd", TORCH_BOX(&weight_bwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CompositeExplicitAutograd, m) {
+  m.impl("cuda_has_solver", TORCH_BOX(&has_solver));
   m.impl("cuda_max_order", TORCH_BOX(&max_order));
 }
 

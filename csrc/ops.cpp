@@ -197,13 +197,35 @@ std::tuple<Tensor, Tensor, Tensor> joint_entropy(const Tensor& z1, const Tensor&
   return {value, weight1, weight2};
 }
 
+void check_square(const Tensor& x, const char* name) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(
+      dims >= 2 && x.size(dims - 1) == x.size(dims - 2) && x.scalar_type() == accumulation_type(x),
+      "mmae_fast: ", name, " must be (..., k, k), float32 or float64");
+}
+
+std::tuple<Tensor, Tensor> gram_entropy(const Tensor& gram, double alpha, bool need_weight) {
+  check_square(gram, "gram");
+  const int64_t k = gram.size(gram.dim() - 1);
+  std::vector<int64_t> shape = batch_shape(gram);
+  Tensor value = empty(gram, shape, gram.scalar_type());
+  const int64_t batch = value.numel();
+  check_contiguous(gram, gram, batch * k * k, "gram");
+  check_entropy(alpha, k);
+  if (need_weight)
+    shape.insert(shape.end(), 2, k);
+  else
+    shape = {0};
+  Tensor weight = empty_large(gram, shape, gram.scalar_type());
+  kernels().gram_entropy(dtype_of(gram), batch, k, alpha, gram.const_data_ptr(),
+                         value.mutable_data_ptr(),
+                         need_weight ? weight.mutable_data_ptr() : nullptr, threads());
+  return {value, weight};
+}
+
 Tensor spectral(const Tensor& vectors, const Tensor& f) {
-  const int64_t dims = vectors.dim();
-  STD_TORCH_CHECK(dims >= 2 && vectors.size(dims - 1) == vectors.size(dims - 2),
-                  "mmae_fast: vectors must be (..., k, k)");
-  const int64_t k = vectors.size(dims - 1), batch = k ? vectors.numel() / (k * k) : 0;
-  STD_TORCH_CHECK(vectors.scalar_type() == accumulation_type(vectors),
-                  "mmae_fast: vectors must be float32 or float64");
+  check_square(vectors, "vectors");
+  const int64_t k = vectors.size(vectors.dim() - 1), batch = k ? vectors.numel() / (k * k) : 0;
   check_contiguous(vectors, vectors, batch * k * k, "vectors");
   check_contiguous(f, vectors, batch * k, "f");
   std::vector<int64_t> shape = batch_shape(vectors);
@@ -280,6 +302,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
   m.def(
       "cpu_joint_entropy(Tensor z1, Tensor z2, Tensor? mask, float alpha, bool normalize, "
       "bool center, bool need_weight) -> (Tensor value, Tensor weight1, Tensor weight2)");
+  m.def(
+      "cpu_gram_entropy(Tensor gram, float alpha, bool need_weight) -> (Tensor value, Tensor "
+      "weight)");
   m.def("cpu_spectral(Tensor vectors, Tensor f) -> Tensor");
   m.def(
       "cpu_gram(Tensor z, Tensor? mask, bool samples, bool normalize, bool center) -> (Tensor "
@@ -300,6 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CPU, m) {
   m.impl("cpu_coding_rate", TORCH_BOX(&coding_rate));
   m.impl("cpu_entropy", TORCH_BOX(&entropy));
   m.impl("cpu_joint_entropy", TORCH_BOX(&joint_entropy));
+  m.impl("cpu_gram_entropy", TORCH_BOX(&gram_entropy));
   m.impl("cpu_spectral", TORCH_BOX(&spectral));
   m.impl("cpu_gram", TORCH_BOX(&gram));
   m.impl("cpu_gram_bwd", TORCH_BOX(&gram_bwd));

@@ -135,7 +135,7 @@ def coding_rate(
     batch, n, d = z.shape
     order, depth = (n, d) if samples else (d, n)
     value = torch.empty(batch, dtype=torch.float32, device=z.device)
-    config = config or configs.coding_rate(z.dtype, order, z.device.index or 0)
+    config = config or configs.coding_rate(z.dtype, order, configs.architecture(z.device.index))
     new = lambda: torch.empty(batch, order, order, dtype=torch.float32, device=z.device)  # noqa: E731
     weight = new() if need_weight else None
     g = new() if need_weight and samples and mean is not None else None

@@ -42,11 +42,12 @@ def _products(
 
 @triton.jit
 def _finish(
-    acc, s_i, gram, moments, i, j, order, tile,
-    UNIT: tl.constexpr, STORE: tl.constexpr, FULL: tl.constexpr, MOMENTS: tl.constexpr,
+    acc, s_i, gram, moments, row, column, order, tile, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, FULL: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """What happens to a complete tile. ``tile`` counts over the batch; gram is this matrix's."""
-    i, j = i[:, None], j[None, :]
+    down, across = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    i, j = row * BLOCK + down, column * BLOCK + across
     diagonal = i == j
     if UNIT:
         acc = tl.where(diagonal & (s_i > 0)[:, None] & (s_i < float("inf"))[:, None], 1.0, acc)
@@ -56,13 +57,16 @@ def _finish(
         trace = tl.sum(tl.sum(tl.where(diagonal, acc, 0.0), axis=1), axis=0)
         tl.store(moments + 2 * tile, square)
         tl.store(moments + 2 * tile + 1, trace)
-    if STORE:
-        lower = (i >= j) & (i < order)
-        tl.store(gram + i.to(tl.int64) * order + j, acc, mask=lower)
+    else:
+        # 64-bit for the corner of the tile, 32 within it: addresses fill the registers here.
+        top, left = (row * BLOCK).to(tl.int64), (column * BLOCK).to(tl.int64)
+        corner = gram + top * order + left
+        tl.store(corner + (down * order + across), acc, mask=(i >= j) & (i < order))
         if FULL:  # the same numbers, so that it is exactly symmetric
-            i, j = tl.trans(i), tl.trans(j)
-            at = j.to(tl.int64) * order + i
-            tl.store(gram + at, tl.trans(acc), mask=(i > j) & (i < order))
+            corner = gram + left * order + top
+            i, j = row * BLOCK + across, column * BLOCK + down
+            mirrored = (i > j) & (i < order)
+            tl.store(corner + (down * order + across), tl.trans(acc), mask=mirrored)
 
 
 @triton.jit
@@ -71,12 +75,12 @@ def _gram_kernel(
     scale,  # (batch, n)
     mean,  # (batch, d), read if CENTER
     mask,  # (batch, n) bool, read if HAS_MASK
-    gram,  # (batch, order, order), written if STORE
+    gram,  # (batch, order, order), written if not MOMENTS
     moments,  # (batch, tiles, 2), written if MOMENTS
     partial,  # (splits, batch, tiles, BLOCK, BLOCK), written instead of those if SPLIT
     n, d, order, depth, batches, span, side, stride_b, stride_n, stride_d,
     SAMPLES: tl.constexpr, CENTER: tl.constexpr, HAS_MASK: tl.constexpr, UNIT: tl.constexpr,
-    STORE: tl.constexpr, FULL: tl.constexpr, MOMENTS: tl.constexpr, SPLIT: tl.constexpr,
+    FULL: tl.constexpr, MOMENTS: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tiles = side * (side + 1) // 2
@@ -130,7 +134,9 @@ def _gram_kernel(
         tl.store(partial + tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + within, acc)
     else:
         gram += batch * order * order
-        _finish(acc, s_i, gram, moments, i, j, order, tile, UNIT, STORE, FULL, MOMENTS)
+        _finish(
+            acc, s_i, gram, moments, row, column, order, tile, BLOCK, UNIT, FULL, MOMENTS
+        )  # fmt: skip
 
 
 @triton.jit
@@ -140,7 +146,7 @@ def _reduce_kernel(
     gram,  # (batch, order, order)
     moments,  # (batch, tiles, 2)
     n, order, side, splits,
-    UNIT: tl.constexpr, STORE: tl.constexpr, FULL: tl.constexpr, MOMENTS: tl.constexpr,
+    UNIT: tl.constexpr, FULL: tl.constexpr, MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tiles = side * (side + 1) // 2
@@ -148,7 +154,6 @@ def _reduce_kernel(
     batch = (tile // tiles).to(tl.int64)
     row, column = triangle_tile(tile % tiles, side, GROUP)
     i = row * BLOCK + tl.arange(0, BLOCK)
-    j = column * BLOCK + tl.arange(0, BLOCK)
     within = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for split in range(splits):
@@ -156,7 +161,9 @@ def _reduce_kernel(
         acc += tl.load(partial + at + within)
     s_i = tl.load(scale + batch * n + i, mask=i < n, other=0.0)
     gram += batch * order * order
-    _finish(acc, s_i, gram, moments, i, j, order, tile, UNIT, STORE, FULL, MOMENTS)
+    _finish(
+        acc, s_i, gram, moments, row, column, order, tile, BLOCK, UNIT, FULL, MOMENTS
+    )  # fmt: skip
 
 
 def splits_for(tiles: int, steps: int, multiprocessors: int) -> int:
@@ -173,6 +180,42 @@ def splits_for(tiles: int, steps: int, multiprocessors: int) -> int:
     return min(range(1, max(1, min(32, steps)) + 1), key=cost)
 
 
+def _launch(z, scale, mean, mask, samples, unit, full, moments, precision, config):
+    batch, n, d = z.shape
+    order, depth = (n, d) if samples else (d, n)
+    raw = samples and mean is None
+    if config is None:
+        options = (samples, unit, full, moments, precision)
+        config = configs.choose(
+            ("gram", z.dtype, z.shape, raw, *options),
+            configs.gram(z.dtype, order, raw, configs.architecture(z.device.index)),
+            lambda c: _launch(z, scale, mean, mask, *options, c),
+        )
+    side = triton.cdiv(order, config.block)
+    tiles = batch * (side * (side + 1) // 2)
+    steps = triton.cdiv(depth, config.depth)
+    splits = splits_for(tiles, steps, configs.multiprocessors(z.device.index))
+    span = triton.cdiv(steps, splits) * config.depth
+    splits = triton.cdiv(depth, span)
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=z.device)  # noqa: E731
+    out = new(batch, tiles // batch, 2) if moments else new(batch, order, order)
+    partial = new(splits, tiles, config.block, config.block) if splits > 1 else out
+    flags = {"UNIT": unit and raw, "FULL": full, "MOMENTS": moments}
+    flags |= {"BLOCK": config.block, "GROUP": 8}
+    pointers = [scale if x is None else x for x in (mean, mask)]
+    _gram_kernel[(tiles * splits,)](
+        z, scale, *pointers, out, out, partial, n, d, order, depth, batch, span, side, *z.stride(),
+        SAMPLES=samples, CENTER=mean is not None, HAS_MASK=mask is not None, SPLIT=splits > 1,
+        PRECISION=precision, DEPTH=config.depth, **flags,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        _reduce_kernel[(tiles,)](
+            partial, scale, out, out, n, order, side, splits, **flags, num_warps=8
+        )
+    return out
+
+
 def gram(
     z: Tensor,
     scale: Tensor,
@@ -181,48 +224,30 @@ def gram(
     samples: bool,
     *,
     unit: bool = False,
-    store: bool = True,
     full: bool = True,
-    moments: bool = False,
     precision: str = "tf32x3",
     config: configs.Config | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(Gram matrix (batch, k, k) or None, (sum of squares, trace) (batch, 2) float64 or None).
+) -> Tensor:
+    """Gram matrix (batch, k, k).
 
     scale (batch, n) from rows.row_scale, 0 for dropped rows; mean (batch, d) to subtract, or None.
     unit: the rows are normalised and not centred, so that the diagonal of the samples side is 1.
     full=False leaves what is above the diagonal undefined.
     """
-    batch, n, d = z.shape
-    order, depth = (n, d) if samples else (d, n)
-    if not batch * order:
-        empty = z.new_zeros(batch, order, order, dtype=torch.float32)
-        return empty, z.new_zeros(batch, 2, dtype=torch.float64)
-    config = config or configs.gram(z.dtype, order, samples, z.device.index or 0)
-    side = triton.cdiv(order, config.block)
-    tiles = batch * (side * (side + 1) // 2)
-    steps = triton.cdiv(depth, config.depth)
-    splits = splits_for(tiles, steps, configs.multiprocessors(z.device.index or 0))
-    span = triton.cdiv(steps, splits) * config.depth
-    splits = triton.cdiv(depth, span)
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=z.device)  # noqa: E731
-    out = new(batch, order, order) if store else None
-    sums = new(batch, tiles // batch, 2) if moments else None
-    partial = new(splits, tiles, config.block, config.block) if splits > 1 else None
-    unused = scale
-    pointers = [unused if x is None else x for x in (mean, mask, out, sums, partial)]
-    flags = {
-        "UNIT": unit and samples and mean is None, "STORE": store, "FULL": full,
-        "MOMENTS": moments, "BLOCK": config.block, "GROUP": 8,
-    }  # fmt: skip
-    _gram_kernel[(tiles * splits,)](
-        z, scale, *pointers, n, d, order, depth, batch, span, side, *z.stride(),
-        SAMPLES=samples, CENTER=mean is not None, HAS_MASK=mask is not None, SPLIT=splits > 1,
-        PRECISION=precision, DEPTH=config.depth, **flags,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    if splits > 1:
-        _reduce_kernel[(tiles,)](
-            partial, scale, *pointers[2:4], n, order, side, splits, **flags, num_warps=8
-        )
-    return out, None if sums is None else sums.sum(1, dtype=torch.float64)
+    return _launch(z, scale, mean, mask, samples, unit, full, False, precision, config)
+
+
+def moments(
+    z: Tensor,
+    scale: Tensor,
+    mean: Tensor | None,
+    mask: Tensor | None,
+    samples: bool,
+    *,
+    unit: bool = False,
+    precision: str = "tf32x3",
+    config: configs.Config | None = None,
+) -> Tensor:
+    """(sum of squares, trace) (batch, 2), float64, of the matrix of :func:`gram`, unstored."""
+    sums = _launch(z, scale, mean, mask, samples, unit, False, True, precision, config)
+    return sums.sum(1, dtype=torch.float64)

@@ -8,9 +8,9 @@ features side the row that ẑ_i · y_i is over lies in several tiles: each leav
 (n x tiles of a row), and a second kernel adds them in order and projects. y is float32: it is kept
 in the gradient itself where that is float32, else in a scratch of SCRATCH_BYTES, rows at a time.
 
-2 k² m flops a matrix. float32 is multiplied as 3xTF32. 16-bit z as TF32: z (and p_i z_i, tiles.py)
-is exact in it, W' is rounded to 2^-12, less than the gradient is on its way out; rounding W' to z's
-own bfloat16 would cost more than all else (2^-9).
+2 k² m flops a matrix, multiplied as 3xTF32; 16-bit z is exact in TF32 (and so is p_i z_i, see
+tiles.py), which leaves two products, for the two parts of W'. Rounding W' would not do: where rows
+are nearly alike the sums cancel, and what remains of them is the rounding.
 """
 
 import torch
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiles import dot, grouped_tile, kept_rows, narrow, power_below, raw_tile, row_tile
+from .tiles import dot, grouped_tile, kept_rows, narrow, power_below, raw_tile, round_tf32, row_tile
 
 SCRATCH_BYTES = 32 << 20
 
@@ -48,6 +48,7 @@ def _product_kernel(
     mask += batch * stride_s
     mean += batch * d
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    EXACT: tl.constexpr = z.dtype.element_ty != tl.float32 and not CENTER
     if SAMPLES:
         weight += batch * n * n
         for start in range(0, n, DEPTH):
@@ -57,9 +58,15 @@ def _product_kernel(
                 kept = tl.load(mask + t, mask=kept, other=0) != 0
             read = (i < n)[:, None] & (t < n)[None, :]
             at = i[:, None].to(tl.int64) * n + t[None, :]
-            a = narrow(tl.load(weight + at, mask=read, other=0.0), tl.float32, PRECISION)
+            a = tl.load(weight + at, mask=read, other=0.0)
             b = raw_tile(z, kept, t, c, d, stride_n, stride_d).to(tl.float32)
-            acc = dot(a, narrow(b, tl.float32, PRECISION), acc, PRECISION)
+            if EXACT:
+                high = round_tf32(a)
+                acc = dot(round_tf32(a - high), b, acc, "tf32")
+                acc = dot(high, b, acc, "tf32")
+            else:
+                a, b = narrow(a, tl.float32, PRECISION), narrow(b, tl.float32, PRECISION)
+                acc = dot(a, b, acc, PRECISION)
     else:
         weight += batch * d * d
         s, kept = kept_rows(scale, mask, i, n, CENTER, HAS_MASK)
@@ -72,8 +79,13 @@ def _product_kernel(
             read = (t < d)[:, None] & (c < d)[None, :]
             at = t[:, None].to(tl.int64) * d + c[None, :]
             b = tl.load(weight + at, mask=read, other=0.0)
-            b = narrow(b, tl.float32, PRECISION)
-            acc = dot(narrow(a, tl.float32, PRECISION), b, acc, PRECISION)
+            if EXACT:
+                high = round_tf32(b)
+                acc = dot(a, round_tf32(b - high), acc, "tf32")
+                acc = dot(a, high, acc, "tf32")
+            else:
+                a, b = narrow(a, tl.float32, PRECISION), narrow(b, tl.float32, PRECISION)
+                acc = dot(a, b, acc, PRECISION)
         if not CENTER:
             acc *= (s / f)[:, None]
     acc *= tl.load(grad + batch)
@@ -81,8 +93,9 @@ def _product_kernel(
         x = row_tile(z, mean, s, s != 0, i, c, d, stride_n, stride_d, False)
         part = tl.sum(x * acc, axis=1)
         tl.store(dots + (batch * n + i) * columns + column, part, mask=i < n)
-    at = i[:, None].to(tl.int64) * d + c[None, :]
-    tl.store(out + batch * stride_o + at, narrow(acc, out.dtype.element_ty, ""), mask=inside)
+    out += batch * stride_o + (row * BLOCK).to(tl.int64) * d + column * BLOCK
+    at = tl.arange(0, BLOCK)[:, None] * d + tl.arange(0, BLOCK)[None, :]
+    tl.store(out + at, narrow(acc, out.dtype.element_ty, ""), mask=inside)
 
 
 @triton.jit
@@ -115,7 +128,6 @@ def _project_kernel(
 def _launch(z, scale, mean, mask, weight, grad, out, samples, project, precision, config):
     """One call on z (batch, n, d), a part of the matrices or of the rows of one."""
     batch, n, d = z.shape
-    config = config or configs.product(z.dtype, n, d, samples, z.device.index or 0)
     rows, columns = triton.cdiv(n, config.block), triton.cdiv(d, config.block)
     y, dots, unused = out, None, weight
     if project:
@@ -127,7 +139,7 @@ def _launch(z, scale, mean, mask, weight, grad, out, samples, project, precision
     _product_kernel[(batch * rows * columns,)](
         z, *pointers, n, d, rows, columns, *z.stride(), spacing, y.stride(0),
         SAMPLES=samples, CENTER=mean is not None, HAS_MASK=mask is not None, PROJECT=project,
-        PRECISION=precision if z.dtype == torch.float32 else "tf32",
+        PRECISION=precision if z.dtype == torch.float32 else "tf32x3",
         BLOCK=config.block, DEPTH=config.depth, GROUP=8,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -161,6 +173,13 @@ def weight_product(
     if not z.numel():
         return out
     project = normalize and not samples
+    if config is None:
+        options = {"samples": samples, "normalize": normalize, "precision": precision}
+        config = configs.choose(
+            ("product", z.dtype, z.shape, mean is None, *options.values()),
+            configs.product(z.dtype, n, d, configs.architecture(z.device.index)),
+            lambda c: weight_product(grad, z, scale, mean, mask, weight, config=c, **options),
+        )
     if not project or z.dtype == torch.float32 or z.numel() * 4 <= SCRATCH_BYTES:
         _launch(z, scale, mean, mask, weight, grad, out, samples, project, precision, config)
         return out

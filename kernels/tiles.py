@@ -86,7 +86,8 @@ def narrow(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
             x = round_tf32(x)
     elif INTERPRET and DTYPE == tl.bfloat16:  # the interpreter would cut it off
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 

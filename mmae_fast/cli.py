@@ -162,7 +162,8 @@ def finetune(arguments: list[str]) -> None:
     from mmae_fast.finetune import finetune as run
 
     accuracy, protocol = run(config)
-    print(f"{accuracy:.2%}  ({protocol})\nClassifier: {config.out}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{accuracy:.2%}  ({protocol})\nClassifier: {config.out}")
 
 
 def export(arguments: list[str]) -> None:

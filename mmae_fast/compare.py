@@ -96,20 +96,20 @@ def group(runs: list[Run]) -> list[str]:
     for run, settings in zip(runs, flat, strict=True):
         same = [f for r, f in zip(runs, flat, strict=True) if r.name == run.name]
         differing = [key for key in settings if any(f.get(key) != settings[key] for f in same)]
-        told = ", ".join(f"{key.split('.')[-1]}={settings[key]}" for key in differing)
+        told = ", ".join(f"{key.split('.')[-1]}={_text(settings[key])}" for key in differing)
         groups.append(f"{run.name}, {told}" if told else run.config.loss.method)
     return groups
 
 
 def evaluate(run: Run, config: ReportConfig) -> OpenRun:
-    """Probe a run, unless that was done, and leave the result in its folder."""
+    """Probe a run, unless its last checkpoint was, and leave the result in its folder."""
     opened = open_run(EvalConfig(run.folder, device=config.device))
-    path = run.folder / RESULT
-    if not path.exists():
+    path, step = run.folder / RESULT, opened.meta["step"]
+    if not path.exists() or json.loads(path.read_text()).get("step", step) != step:
         features = run_features(EvalConfig(run.folder), opened)
         result = {"method": run.config.loss.method, "seed": run.config.seed, "run": run.folder.name}
         result |= classify(features) | medians(run.folder)
-        result |= {"test_images": len(features.test)}
+        result |= {"test_images": len(features.test), "step": step}
         path.write_text(json.dumps(result, indent=2) + "\n")
     return opened
 
@@ -162,7 +162,10 @@ def draw(path: Path, opened: list[tuple[str, OpenRun]]) -> bool:
             restored[name] = pixels
     if first is None:
         return False
-    named = {METHODS[name][1] if name in METHODS else name: x for name, x in restored.items()}
+    named = {
+        METHODS[name][1] if name in METHODS else name.replace(", ", "\n"): pixels
+        for name, pixels in restored.items()
+    }
     save_reconstructions(path, first[1], first[2], named, first[0][2])
     return True
 
@@ -175,6 +178,7 @@ def describe(
     told = {name: _common([f.get(key) for f in flat]) for key, name in SETTINGS.items()}
     versions = [run.content.get("versions", {}) for run in runs]
     protocols = dict.fromkeys(p for result in results for p in result["protocols"])
+    protocols = [p for p in protocols if not any(p in other for other in protocols if other != p)]
     counts = [sum(group_of(r) == group_of(result) for r in results) for result in results]
     tested = {result.get("test_images") for result in results}
     content = {
@@ -187,17 +191,24 @@ def describe(
         "results": results,
         "seeds": max(counts),
         "embed_dim": max(run.config.model.embed_dim for run in runs),
-        "held_out": HELD_OUT,
+        "held_out": f"at most {HELD_OUT}",
         "protocol": " ".join(f"{protocol}." for protocol in protocols),
         "settings": {"runs": ", ".join(str(run.folder) for run in runs)} | told,
         "versions": {key: _common([v.get(key) for v in versions]) for key in versions[0]},
-        "command": "mmae report " + " ".join(str(run.folder) for run in runs),
+        "command": " ".join(["mmae report", *(str(run.folder) for run in runs)])
+        + " --evaluate" * config.evaluate,
     }
     if len(tested) == 1 and None not in tested:
         content["test_images"] = tested.pop()
+        content["held_out"] = min(HELD_OUT, content["test_images"])
     return content
 
 
-def _common(values: list[Any]) -> str:
+def _common(values: list[Any]) -> str | None:
     """One value, or all that there are."""
-    return " | ".join(dict.fromkeys(str(value) for value in values))
+    known = dict.fromkeys(_text(value) for value in values if value is not None)
+    return " | ".join(known) or None
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

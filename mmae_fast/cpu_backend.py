@@ -52,6 +52,8 @@ def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
 
 
 def gram_entropy_fwd(g, alpha, need_weight):
+    if _ops.cpu_serves_entropy(alpha, g.shape[-1]):
+        return _ops.cpu_gram_entropy(g.contiguous(), alpha, need_weight)
     return torch_backend.gram_entropy_fwd(g, alpha, need_weight, spectral_matrix)
 
 

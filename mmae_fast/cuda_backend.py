@@ -1,15 +1,22 @@
 """The compiled CUDA backend: csrc/cuda/ for batches of small matrices, PyTorch's libraries above.
 
-| quantity              | compiled kernel                      | PyTorch (torch_backend.py)  |
-|-----------------------|--------------------------------------|-----------------------------|
-| coding rate, alpha = 2| k = min(n, d) <= 128 (float64: 96)   | above                       |
-| other alpha           | -                                    | on the Gram matrix below    |
-| Gram matrix           | order <= 128 (float64: 96)           | above                       |
-| gradient of z         | where k is as small                  | above                       |
+| quantity                | compiled kernels                           | above                     |
+|-------------------------|--------------------------------------------|---------------------------|
+| coding rate             | k = min(n, d) <= 256 (float64: 233)        | potrf, by PyTorch         |
+| alpha = 2               | k <= 256                                   | PyTorch                   |
+| other alpha, also of    | k <= 235 (float64: 165)                    | XsyevBatched, if there is |
+| two views (k = n) and   |                                            | a batch and the library;  |
+| of ready Gram matrices  |                                            | PyTorch's syevd           |
+| Gram matrix, gradient   | order <= 256                               | PyTorch                   |
+
+Limits for the 227 KiB of shared memory that a block of an H100 or B200 may have; others are in
+docs/cuda.md, and :func:`limits` says those of a device. Up to k = 128 (float64: 96) one kernel goes
+from features to coding rate or alpha = 2 and weight; everything else goes by way of the Gram
+matrix. ``precision`` is not used: float32 is multiplied as float32.
 
 The compiled kernels only enqueue work on the current stream: no host synchronisation, nothing that
-depends on values, so that CUDA graphs can capture them; and they are bitwise reproducible. The
-limits are what one block's shared memory holds on every GPU from compute capability 8.0 on.
+depends on values, so that CUDA graphs can capture them; and they are bitwise reproducible. Neither
+is promised of the vendor's eigensolvers.
 
 The extension is a library of its own, loaded with this module; ``EXTENSION_ERROR`` says why it
 could not be, or is None.
@@ -62,22 +69,62 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
     return torch_backend.coding_rate_fwd(z, mask, scale, normalize, center, need_weight)
 
 
+def has_solver() -> bool:
+    """Whether cusolverDnXsyevBatched (CUDA 12.6.2 or newer) is to be had.
+
+    PyTorch's CUDA builds load the library that has it; nothing else is looked for.
+    """
+    return _ops.cuda_has_solver()
+
+
+def _eigh_batched(g, want_vectors):
+    rows = g.contiguous().clone()
+    lam, info = _ops.cuda_eigh_(rows, want_vectors)
+    lam = torch.where((info == 0).unsqueeze(-1), lam, torch.nan)
+    return lam, rows.mT if want_vectors else None
+
+
+def _entropy_of_gram(g, alpha, need_weight, overwrite=False):
+    if compiled(g, g.shape[-1], alpha):
+        return _ops.cuda_gram_entropy(g.contiguous(), alpha, need_weight)
+    # Of a batch PyTorch would take one matrix after the other.
+    batched = g.shape[:-2].numel() > 1 and has_solver()
+    eigh = _eigh_batched if batched else torch_backend.eigh
+    return torch_backend.entropy_of_gram(g, alpha, need_weight, overwrite=overwrite, eigh=eigh)
+
+
+@torch_backend.full_precision
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
     if compiled(z, min(z.shape[-2:]), alpha):
         return _ops.cuda_entropy(z, mask, alpha, normalize, center, need_weight)
-    return torch_backend.matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, gram)
+
+    def of_gram(g, need_weight, overwrite):
+        return _entropy_of_gram(g, alpha, need_weight, overwrite)
+
+    return torch_backend._entropy_fwd(z, mask, normalize, center, need_weight, gram, of_gram)
 
 
+@torch_backend.full_precision
 def gram_entropy_fwd(g, alpha, need_weight):
-    if compiled(g, g.shape[-1], alpha):
-        return _ops.cuda_gram_entropy(g.contiguous(), alpha, need_weight)
-    return torch_backend.gram_entropy_fwd(g, alpha, need_weight)
+    return _entropy_of_gram(g, alpha, need_weight)
 
 
 def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
-    return torch_backend.joint_entropy_fwd(
-        z1, z2, mask, alpha, normalize, center, need_weight, gram
-    )
+    arguments = (z1, z2, mask, alpha, normalize, center, need_weight)
+    return torch_backend.joint_entropy_fwd(*arguments, gram=gram, of_gram=_entropy_of_gram)
+
+
+def limits(is_double: bool = False, device: int = 0) -> dict[str, int]:
+    """Largest min(n, d) of the compiled kernels on a device, per quantity."""
+    quantities = {
+        "coding rate": (True, 0.0),
+        "alpha = 2": (False, 2.0),
+        "other alpha": (False, 1.0),
+    }
+    return {
+        name: _ops.cuda_max_order(is_rate, alpha, is_double, device)
+        for name, (is_rate, alpha) in quantities.items()
+    }
 
 
 def samples_bwd(grad, z, mask, weight):

@@ -76,6 +76,20 @@ def main() -> None:
         ladder.add_row(backend, *cells)
     console.print(ladder)
 
+    if dispatch.refusal("cuda", "cuda") is None:
+        from . import cuda_backend
+
+        table = Table(
+            "operation with backend='cuda'", "compiled kernels up to min(n, d)",
+            title_justify="left", title="Operations on CUDA tensors",
+        )  # fmt: skip
+        single, double = (cuda_backend.limits(is_double) for is_double in (False, True))
+        for quantity, limit in single.items():
+            table.add_row(quantity, f"{limit} (float64: {double[quantity]})")
+        batched = "cuSOLVER XsyevBatched" if cuda_backend.has_solver() else "cuSOLVER syevd"
+        table.add_row("eigenvalues of larger batches", batched)
+        console.print(table)
+
     if dispatch.refusal("triton", "cuda") is None:
         from . import triton_backend
 

@@ -195,26 +195,28 @@ class AnalyzeConfig:
 # Published recipes of fine-tuning, and one for small images on a CPU. The checkpoint is the user's.
 _NONE = Path()
 FINETUNE_RECIPES: dict[str, tuple[str, FinetuneConfig]] = {
-    "vit-b": ("published recipe, ViT-B", FinetuneConfig(_NONE)),
+    "vit-b": ("published recipe, ViT-B, in bf16 for fp16", FinetuneConfig(_NONE, precision="bf16")),
     "vit-l": (
-        "published recipe, ViT-L",
-        FinetuneConfig(_NONE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
+        "published recipe, ViT-L, in bf16 for fp16",
+        FinetuneConfig(
+            _NONE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2, precision="bf16"
+        ),
     ),
     "tiny": (
         "for 8-32 pixel images on a CPU",
         FinetuneConfig(
             _NONE,
-            epochs=20,
+            epochs=30,
             warmup_epochs=2,
             batch_size=64,
             base_lr=8e-3,
-            layer_decay=0.75,
+            layer_decay=0.9,
             drop_path=0.0,
             mixup=0.0,
             cutmix=0.0,
             rand_augment=0,
             erasing=0.0,
-            min_crop=0.6,
+            min_crop=0.8,
             hflip=False,
         ),
     ),

@@ -5,6 +5,7 @@ A model is run as it is; nothing in it changes but for hooks, which are removed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from mmae_fast.augment import VIEWS, generator, normalise, two_views
 from mmae_fast.checkpoint import pick_device
-from mmae_fast.config import DataConfig, PretrainConfig, UserError
+from mmae_fast.config import DataConfig, PretrainConfig, UserError, from_dict
 from mmae_fast.data import decoded_now, load_data
 from mmae_fast.eval_config import AnalyzeConfig
 from mmae_fast.measures import ORDERS, token_entropy
@@ -48,6 +49,7 @@ class Subject:
     std: Tensor
     size: tuple[int, int, int]  # channels, height, width
     resize: bool  # whether other images are made to fit
+    value_range: tuple[float, float] | None = None  # of images with more than 8 bits
 
 
 # --- Sources -------------------------------------------------------------------------------------
@@ -118,7 +120,9 @@ def open_checkpoint(source: str, config: AnalyzeConfig, device: torch.device) ->
     encoder = model.backbone if isinstance(model, TwoBranch) else model
     mean, std = (torch.tensor(meta["data"][key], device=device) for key in ("mean", "std"))
     size = (meta["data"]["in_chans"], *meta["data"]["img_size"])
-    return Subject(encoder, encoder.forward_features, mean, std, size, resize=False)
+    data = from_dict(DataConfig, meta["config"]["data"])
+    run = encoder.forward_features
+    return Subject(encoder, run, mean, std, size, False, data.value_range)
 
 
 def open_timm(source: str, config: AnalyzeConfig, device: torch.device) -> Subject:
@@ -158,10 +162,13 @@ def load_images(subject: Subject, config: AnalyzeConfig) -> Tensor:
     For models of timm they are resized (bilinear, antialiased), grey ones repeated over channels.
     """
     channels, height, width = subject.size
-    files = decoded_now(config.data)  # they can be made what the model takes
-    size = config.img_size or ((height, width) if files else None)
-    in_chans = channels if files else None
-    train, test = load_data(DataConfig(config.data, None, size, config.cache, in_chans))
+    images = DataConfig(config.data, None, config.img_size, config.cache)
+    if decoded_now(config.data):  # files, which can be made what the model takes
+        size = config.img_size or (height, width)
+        images = dataclasses.replace(
+            images, img_size=size, in_chans=channels, value_range=subject.value_range
+        )
+    train, test = load_data(images)
     part = test or train
     chosen = torch.linspace(0, len(part) - 1, min(config.count, len(part))).long()
     images = part.images[chosen]

@@ -108,10 +108,10 @@ def findings(content: dict[str, Any]) -> list[str]:
     order = sorted(accuracy, key=accuracy.get, reverse=True)
     sentences = []
     if order:
-        listed = ", ".join(f"{names[group][0]} {accuracy[group]:.2%}" for group in order)
+        listed = "; ".join(f"{names[group][0]} {accuracy[group]:.2%}" for group in order)
         sentences.append(f"Linear probe: {listed}.")
     if len(accuracy) < len(table):
-        missing = ", ".join(names[group][0] for group in table if group not in accuracy)
+        missing = "; ".join(names[group][0] for group in table if group not in accuracy)
         sentences.append(f"Not probed: {missing}.")
     if {"mae", "m_mae"} <= accuracy.keys() and "test_images" in content:
         sentences += _compare_with_mae(table, content)
@@ -162,9 +162,11 @@ def _compare_with_mae(table: dict[str, dict[str, Cell]], content: dict[str, Any]
 def render(folder: Path, content: dict[str, Any], figures: list[str]) -> str:
     """The page: findings, table, the figures of the given names, settings."""
     tested = f"{content['test_images']:,} test images" if "test_images" in content else "the images"
+    held_out = content["held_out"]
+    held_out = f"{held_out:,}" if isinstance(held_out, int) else held_out
     captions = {
         "entropy": (
-            f"Class tokens of {content['held_out']:,} held-out, unmasked images, scaled to unit "
+            f"Class tokens of {held_out} held-out, unmasked images, scaled to unit "
             "norm and not centred: ρ = ẐᵀẐ / n, H₁ = −tr(ρ log ρ), effective rank = exp(H₁)."
         ),
         "loss": (

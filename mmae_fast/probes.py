@@ -31,6 +31,7 @@ LARS_PROTOCOL = (
 KNN_PROTOCOL = (
     "kNN: cosine similarity, k = {k}, votes weighted by exp(similarity / {temperature:g})"
 )
+INITIAL = 11  # stream of the initial weights, beside those of ``augment``
 TRUST = 1e-3  # LARS's trust coefficient
 
 
@@ -76,7 +77,7 @@ def lars_probe(
     steps_per_epoch = count // batch  # an incomplete batch is left out
     norm = nn.BatchNorm1d(features.train.shape[1], eps=1e-6, affine=False)
     head = nn.Linear(features.train.shape[1], features.classes)
-    rng = generator(torch.device("cpu"), config.seed)
+    rng = generator(torch.device("cpu"), config.seed, INITIAL)
     nn.init.trunc_normal_(head.weight, std=0.01, generator=rng)
     nn.init.zeros_(head.bias)
     model = nn.Sequential(norm, head).to(device)

@@ -1,6 +1,6 @@
 """The von Neumann entropy of a Gram matrix without eigenvalues: a sum of shifted inverses.
 
-With ``B = G / ||G||_F``, whose eigenvalues x are in [0, 1], and ``s = ||G||_F / tr G``,
+With ``B = rho / s``, ``s = ||rho||_F``, whose eigenvalues x are in [0, 1],
 
     H = s tr f(B) - log s,    f(x) = -x log x  ≈  sum_i w_i x / (x + u_i) + b x
 
@@ -114,10 +114,10 @@ def von_neumann_of_gram(
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
     empty = trace == 0
     tau = torch.where(empty, 1, trace)
-    norm = torch.linalg.vector_norm(g, dim=-1).double().square().sum(-1).sqrt()
-    norm = torch.where(empty, 1, norm).to(g.dtype)
-    scale = norm / tau
-    b = g.div_(norm[..., None, None]) if overwrite else g / norm[..., None, None]
+    b = torch.div(g, tau[..., None, None], out=g if overwrite else None)  # rho
+    scale = torch.linalg.vector_norm(b, dim=-1).double().square().sum(-1).sqrt()
+    scale = torch.where(empty, 1, scale).to(b.dtype)
+    b /= scale[..., None, None]
     total = torch.zeros(g.shape[:-2], dtype=torch.float64, device=g.device)
     s = torch.zeros_like(b) if need_weight else None
     together = max(1, min(len(poles.shifts), TOGETHER // max(g.numel(), 1)))

@@ -129,8 +129,18 @@ def spectral_matrix(vectors: Tensor, f: Tensor) -> Tensor:
     return (vectors * f.unsqueeze(-2)) @ vectors.mT
 
 
+def eigh(g: Tensor, want_vectors: bool) -> tuple[Tensor, Tensor | None]:
+    """Ascending eigenvalues and, if wanted, eigenvectors (columns)."""
+    return torch.linalg.eigh(g) if want_vectors else (torch.linalg.eigvalsh(g), None)
+
+
 def entropy_of_gram(
-    g: Tensor, alpha: float, need_weight: bool, spectral=spectral_matrix, overwrite: bool = False
+    g: Tensor,
+    alpha: float,
+    need_weight: bool,
+    spectral=spectral_matrix,
+    overwrite: bool = False,
+    eigh=eigh,
 ) -> tuple[Tensor, Tensor | None]:
     """H_alpha of ``G / tr G`` and ``V = dH/dG``, which may take the place of G."""
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -139,12 +149,12 @@ def entropy_of_gram(
     tau = torch.where(empty, 1, trace)
     v = None
     if alpha == 2:
-        square = torch.linalg.vector_norm(g, dim=-1).double().square().sum(-1)
-        square = torch.where(empty, 1, square)
-        h = (2 * tau.double().log() - square.log()).to(g.dtype)
+        rho = torch.div(g, tau[..., None, None], out=g if overwrite else None)
+        purity = torch.linalg.vector_norm(rho, dim=-1).double().square().sum(-1)
+        purity = torch.where(empty, 1, purity)
+        h = -purity.log().to(g.dtype)
         if need_weight:
-            factor = (-2 / square).to(g.dtype)[..., None, None]
-            v = g.mul_(factor) if overwrite else g * factor
+            v = rho.mul_((-2 / (purity * tau)).to(g.dtype)[..., None, None])
             v.diagonal(dim1=-2, dim2=-1).add_((2 / tau).unsqueeze(-1))
     else:
         # Eigensolvers reject NaN and Inf: they get I there. (On the CPU it costs nothing to look.)
@@ -153,12 +163,10 @@ def entropy_of_gram(
             eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
             g = torch.where(usable[..., None, None], g, eye)
             tau = torch.where(usable, tau, g.shape[-1])
+        lam, vectors = eigh(g, need_weight)
+        h, f = entropy_of_spectrum(lam / tau.unsqueeze(-1), alpha)
         if need_weight:
-            lam, vectors = torch.linalg.eigh(g)
-            h, f = entropy_of_spectrum(lam / tau.unsqueeze(-1), alpha)
             v = spectral(vectors, f / tau.unsqueeze(-1))
-        else:
-            h, _ = entropy_of_spectrum(torch.linalg.eigvalsh(g) / tau.unsqueeze(-1), alpha)
     h = torch.where(empty, 0, h) + poison
     if v is not None:
         v.masked_fill_(empty[..., None, None], 0).add_(poison[..., None, None])
@@ -271,8 +279,9 @@ def gram_entropy_fwd(g, alpha, need_weight, spectral=spectral_matrix):
 
 @full_precision
 def joint_entropy_fwd(
-    z1, z2, mask, alpha, normalize, center, need_weight, gram=gram, spectral=spectral_matrix
-):
+    z1, z2, mask, alpha, normalize, center, need_weight, gram=gram, spectral=spectral_matrix,
+    of_gram=None,
+):  # fmt: skip
     """H_alpha of K1 ⊙ K2, and the two n x n weights W' of ``samples_bwd``.
 
     With V = dH / d(K1 ⊙ K2): dH/dK1 = V ⊙ K2 and dH/dK2 = V ⊙ K1, each folded like any other V.
@@ -286,7 +295,8 @@ def joint_entropy_fwd(
             parts.append(gram(z, mask, True, normalize, center))
         else:
             parts.append(_gram(z, mask, True, normalize, center, scale_free=True))
-    value, v = gram_entropy_fwd(parts[0].gram * parts[1].gram, alpha, need_weight, spectral)
+    of_gram = of_gram or functools.partial(gram_entropy_fwd, spectral=spectral)
+    value, v = of_gram(parts[0].gram * parts[1].gram, alpha, need_weight)
     if not need_weight:
         return value, None, None
     weights = []

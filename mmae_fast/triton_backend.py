@@ -19,7 +19,7 @@ that runs agree bitwise. Besides results they need O(n + d) numbers, and the wor
 kernels/gram.py and product.py state; a batch whose leading strides do not merge is copied.
 """
 
-from functools import cache, partial
+from functools import cache, partial, wraps
 from types import SimpleNamespace
 
 import torch
@@ -38,9 +38,21 @@ from .torch_backend import (  # noqa: F401 - the backend's own
     matrix_log_fwd,
 )
 
-# The largest k that one block's registers hold without spilling; see kernels/configs.py.
 FULL = "tf32x3"
+# The largest k that one block's registers hold without spilling; see kernels/configs.py.
 MAX_ORDER = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
+
+
+def on_its_device(function):
+    """Kernels go to the current device: make it that of the tensors. No autocast, see there."""
+
+    @wraps(function)
+    def wrapped(*args, **options):
+        tensor = next(a for a in args if isinstance(a, torch.Tensor))
+        with torch.cuda.device_of(tensor):
+            return full_precision(function)(*args, **options)
+
+    return wrapped
 
 
 def served(z) -> bool:
@@ -80,18 +92,18 @@ def fold(v, g, scale, mean, z, mask, normalize):
     return v.mul_(2 * scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
 
 
-@full_precision
+@on_its_device
 def gram(z, mask, samples, normalize, center, precision=FULL) -> GramParts:
     if not served(z):
         return torch_backend.gram(z, mask, samples, normalize, center)
     shape, (z, mask) = z.shape, flat(z, mask)
     scale, mean = row_parts(z, mask, normalize, center, precision)
-    g, _ = grams.gram(z, scale, mean, mask, samples, unit=normalize, precision=precision)
+    g = grams.gram(z, scale, mean, mask, samples, unit=normalize, precision=precision)
     mean = scale.new_zeros(z.shape[0], z.shape[2]) if mean is None else mean
     return GramParts(*(x.reshape(shape[:-2] + x.shape[1:]) for x in (g, scale, mean)))
 
 
-@full_precision
+@on_its_device
 def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, precision=FULL):
     if not served(z):
         return torch_backend.coding_rate_fwd(z, mask, scale, normalize, center, need_weight)
@@ -106,7 +118,7 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, precision=FU
         folded = g is None
     else:
         full = need_weight and samples  # the factor reads one triangle
-        g, _ = grams.gram(z, s, mean, mask, samples, unit=normalize, full=full, precision=precision)
+        g = grams.gram(z, s, mean, mask, samples, unit=normalize, full=full, precision=precision)
         value, weight = torch_backend.coding_rate_of_gram(g, scale, need_weight)
         folded = False
     if need_weight and not folded:
@@ -116,7 +128,7 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, precision=FU
     return value.reshape(batch), weight
 
 
-@full_precision
+@on_its_device
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, precision=FULL):
     arguments = (mask, alpha, normalize, center, need_weight)
     if not served(z):
@@ -125,15 +137,12 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, precision
     samples = z.shape[1] <= z.shape[2]
     # Without normalisation one factor per matrix keeps squares in range; entropies do not see it.
     scale, mean = row_parts(z, mask, normalize, center, precision, in_range=True)
-    store = need_weight or alpha != 2
-    g, moments = grams.gram(
-        z, scale, mean, mask, samples, unit=normalize, store=store, moments=alpha == 2,
-        precision=precision,
-    )  # fmt: skip
-    if alpha == 2:
-        h, v = renyi2(g, *moments.unbind(-1), need_weight)
-    else:
-        h, v = torch_backend.entropy_of_gram(g, alpha, need_weight)
+    rest = (z, scale, mean, mask, samples)
+    if alpha == 2 and not need_weight:
+        square, trace = grams.moments(*rest, unit=normalize, precision=precision).unbind(-1)
+        return renyi2(square, trace).reshape(batch), None
+    g = grams.gram(*rest, unit=normalize, precision=precision)
+    h, v = torch_backend.entropy_of_gram(g, alpha, need_weight)
     if not need_weight:
         return h.reshape(batch), None
     if samples:
@@ -143,25 +152,20 @@ def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, precision
     return h.reshape(batch), v.reshape(*batch, *v.shape[1:])
 
 
-def renyi2(g, square, trace, need_weight):
-    """H_2 and V = 2 / tr G · I - 2 G / ||G||² from the moments (batch,), float64."""
+def renyi2(square, trace):
+    """H_2 from ||G||² and tr G (batch,), float64; NaN where z had NaN or Inf."""
     empty = trace == 0
-    tau, square = torch.where(empty, 1, trace), torch.where(empty, 1, square)
-    h = torch.where(empty, 0, 2 * tau.log() - square.log()) + (trace - trace)
-    if not need_weight:
-        return h.float(), None
-    v = g * torch.where(empty, 0, -2 / square).float()[:, None, None]
-    v.diagonal(dim1=-2, dim2=-1).add_(torch.where(empty, 0, 2 / tau).float().unsqueeze(-1))
-    return h.float(), v
+    h = 2 * torch.where(empty, 1, trace).log() - torch.where(empty, 1, square).log()
+    return (torch.where(empty, 0, h) + (trace - trace)).float()
 
 
-@full_precision
+@on_its_device
 def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight, precision=FULL):
     arguments = (z, mask, alpha, normalize, center, need_weight)
     return torch_backend.rational_entropy_fwd(*arguments, partial(gram, precision=precision))
 
 
-@full_precision
+@on_its_device
 def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight, precision=FULL):
     return torch_backend.joint_entropy_fwd(
         z1, z2, mask, alpha, normalize, center, need_weight, partial(gram, precision=precision)
@@ -179,14 +183,14 @@ def _product(grad, z, mask, weight, samples, normalize, center, precision):
     return out.reshape(shape)
 
 
-@full_precision
+@on_its_device
 def samples_bwd(grad, z, mask, weight, precision=FULL):
     if not served(z):
         return torch_backend.samples_bwd(grad, z, mask, weight)
     return _product(grad, z, mask, weight, True, False, False, precision)
 
 
-@full_precision
+@on_its_device
 def weight_bwd(grad, z, mask, weight, normalize, center, precision=FULL):
     if not served(z):
         return torch_backend.weight_bwd(grad, z, mask, weight, normalize, center)
@@ -194,7 +198,7 @@ def weight_bwd(grad, z, mask, weight, normalize, center, precision=FULL):
     return _product(grad, z, mask, weight, samples, normalize, center, precision)
 
 
-@full_precision
+@on_its_device
 def gram_bwd(grad, z, mask, parts, samples, normalize, center, precision=FULL):
     if not served(z):
         return torch_backend.gram_bwd(grad, z, mask, parts, samples, normalize, center)
@@ -215,7 +219,7 @@ def at(precision: str) -> SimpleNamespace:
     """This module at another of PyTorch's words for the precision of float32 products."""
     own = dict(globals())
     if precision != "highest":
-        functions = (gram, coding_rate_fwd, matrix_entropy_fwd, joint_entropy_fwd, samples_bwd)
-        for function in (*functions, weight_bwd, gram_bwd):
+        functions = (gram, coding_rate_fwd, matrix_entropy_fwd, rational_entropy_fwd)
+        for function in (*functions, joint_entropy_fwd, samples_bwd, weight_bwd, gram_bwd):
             own[function.__name__] = partial(function, precision="tf32")
     return SimpleNamespace(**own)

@@ -15,7 +15,15 @@ from safetensors.torch import save_file
 from mmae_fast import reference
 from mmae_fast.analyze import run_analysis
 from mmae_fast.augment import normalise
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig, TwoBranchConfig, UserError
+from mmae_fast.config import (
+    LossConfig,
+    ModelConfig,
+    PackConfig,
+    PretrainConfig,
+    TwoBranchConfig,
+    UserError,
+)
+from mmae_fast.data.packed import write_pack
 from mmae_fast.eval_config import AnalyzeConfig
 from mmae_fast.layers import Subject, capture, find_layers
 from mmae_fast.measures import power_law, rankme, shared_information, spectral_measures, spectrum
@@ -306,5 +314,7 @@ def test_images_that_do_not_fit(runs, tmp_path):
     for i in range(3):
         pixels = torch.full((3, 9, 9), 40 * i, dtype=torch.uint8)
         write_png(pixels, str(tmp_path / "images" / f"{i}.png"))
+    pack = write_pack(PackConfig(str(tmp_path / "images"), tmp_path / "pack", img_size=8))
     with pytest.raises(UserError, match=r"takes images of shape \(1, 8, 8\), .* \(3, 8, 8\)"):
-        analyse(tmp_path, runs[0], data=str(tmp_path / "images"))
+        analyse(tmp_path, runs[0], data=str(pack))
+    analyse(tmp_path, runs[0], data=str(tmp_path / "images"))  # files are made what is taken

@@ -252,6 +252,25 @@ def test_damaged_files_are_skipped_and_listed(tmp_path, capsys):
         load_data(dataclasses.replace(config, strict=True))
 
 
+def test_files_that_cannot_be_read_are_not_skipped(tmp_path):
+    """A disk that fails would empty the set."""
+    image_folder(tmp_path / "set")
+    (tmp_path / "set" / "bee" / "7.png").symlink_to(tmp_path / "unmounted")
+    (tmp_path / "set" / "ant" / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"7\.png cannot be read: .*No such file"):
+        load_data(DataConfig(train=str(tmp_path / "set"), img_size=8))
+    (tmp_path / "set" / "bee" / "7.png").unlink()
+    with pytest.raises(UserError, match=r"ant/folder\.png .* cannot be read: .*Is a directory"):
+        load_data(DataConfig(train=str(tmp_path / "set"), img_size=8))
+
+
+def test_impossible_settings(tmp_path):
+    image_folder(tmp_path / "set")
+    for changes in ({"in_chans": 0}, {"img_size": 0}, {"img_size": (8, -1)}):
+        with pytest.raises(UserError, match="must be positive, got"):
+            load_data(DataConfig(train=str(tmp_path / "set"), **changes))
+
+
 def test_labels_of_both_parts_mean_the_same(tmp_path):
     image_folder(tmp_path / "all", ("ant", "bee", "cow"))
     image_folder(tmp_path / "fewer", ("ant", "bee"))
@@ -280,6 +299,11 @@ def test_images_that_do_not_fit_into_memory(tmp_path, monkeypatch):
     image_folder(tmp_path / "set")
     monkeypatch.setattr(reading, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"mmae data pack .*set DIR --img-size 16 24"):
+        load_data(DataConfig(train=str(tmp_path / "set"), img_size=(16, 24)))
+    monkeypatch.setattr(reading, "free_memory", lambda: 6000)  # 4,608 bytes of images
+    load_data(DataConfig(train=str(tmp_path / "set"), img_size=(16, 24)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of which each process decodes its own
+    with pytest.raises(UserError, match="mmae data pack"):
         load_data(DataConfig(train=str(tmp_path / "set"), img_size=(16, 24)))
 
 

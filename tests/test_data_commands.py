@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmae_fast import cli
 from mmae_fast.config import DataConfig, from_dict, to_dict
+from mmae_fast.data import load_data
+from mmae_fast.eval_config import AnalyzeConfig
+from mmae_fast.layers import load_images, open_checkpoint
 
 
 def test_sizes_survive_json():
@@ -77,3 +81,10 @@ def test_models_take_oblong_grey_packs_and_folders(tmp_path, capsys):
     analysis = ["--out", str(tmp_path / "analysis"), "--device", "cpu"]
     cli.main(["analyze", run, "--data", str(tmp_path / "images"), *analysis])
     assert (tmp_path / "analysis" / "analysis.json").exists()
+
+    # Channels and range of values are those that the model was trained with.
+    run = str(tmp_path / "run-images")
+    config = AnalyzeConfig((run,), data=str(tmp_path / "images"))
+    seen = load_images(open_checkpoint(run, config, torch.device("cpu")), config)
+    told = DataConfig(config.data, None, (8, 12), in_chans=1, value_range=(0, 4095))
+    assert torch.equal(seen, load_data(told)[1].images)

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,20 +15,20 @@ from safetensors.torch import load_file
 
 from mmae_fast.augment import epoch_order, normalise
 from mmae_fast.checkpoint import find_weights, save_checkpoint
+from mmae_fast.classifier import (
+    LabelledBatches,
+    build_classifier,
+    build_optimizer,
+    build_schedule,
+    seed_all,
+    smooth,
+)
 from mmae_fast.config import DataConfig, ModelConfig, PretrainConfig, UserError, to_dict
 from mmae_fast.data import load_data
 from mmae_fast.eval_config import FINETUNE_RECIPES, ExportConfig, FinetuneConfig
 from mmae_fast.evaluate import open_run
 from mmae_fast.export import encoder_options, export
-from mmae_fast.finetune import (
-    LabelledBatches,
-    build_classifier,
-    build_optimizer,
-    build_schedule,
-    finetune,
-    seed_all,
-    smooth,
-)
+from mmae_fast.finetune import finetune
 from mmae_fast.launch import World
 from mmae_fast.models import MaskedAutoencoder, VisionTransformer, build_model
 from mmae_fast.runs import read_metrics
@@ -33,6 +36,7 @@ from mmae_fast.train import Interrupted
 
 ALONE = World(torch.device("cpu"))
 pytest.importorskip("sklearn")
+ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(
     patch_size=2,
     embed_dim=32,
@@ -286,17 +290,41 @@ def test_timm_loads_the_classifier(encoder, tmp_path):
         export(ExportConfig(tmp_path / "ft", tmp_path / "hf", "hf"))
 
 
+def test_two_processes_train_as_one(encoder, tmp_path):
+    """Crops, loss and gradients are those of the whole batch, and so is the accuracy."""
+    config = tiny(encoder, tmp_path / "one", epochs=2, warmup_epochs=1, batch_size=128)
+    finetune(config, Task())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "mmae_fast.cli", "finetune", str(encoder), "--out", str(tmp_path / "two")]
+    command += ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "128", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Classifier: ") == 1  # one of the two speaks
+    one, two = (read_metrics(tmp_path / out / "metrics.jsonl") for out in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["accuracy"] == pytest.approx(a["accuracy"], abs=1.5 / 359)  # a tie, or none
+    a, b = (load_file(find_weights(tmp_path / out)) for out in ("one", "two"))
+    torch.testing.assert_close(a["head.weight"], b["head.weight"], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
         (dict(epochs=0), "epochs must be >= 1, got 0"),
-        (dict(warmup_epochs=20), r"warmup_epochs must be in \[0, 20\), got 20"),
+        (dict(warmup_epochs=30), r"warmup_epochs must be in \[0, 30\), got 30"),
         (dict(layer_decay=1.5), r"layer_decay must be in \(0, 1\], got 1.5"),
         (dict(drop_path=1.0), r"drop_path must be in \[0, 1\), got 1.0"),
         (dict(mixup=-0.1), "mixup must be >= 0, got -0.1"),
         (dict(rand_augment=31), r"rand_augment must be in \[0, 30\], got 31"),
         (dict(ema=1.0), r"ema must be in \(0, 1\), got 1.0"),
-        (dict(mixup=0.8, batch_size=33), "even batch_size, got 33"),
+        (
+            dict(mixup=0.8, batch_size=33),
+            "batch_size 33 cannot be shared by 1 process; mixup and cutmix need even",
+        ),
         (dict(batch_size=4096), "batch_size 4096 exceeds the 1438 training images"),
         (dict(img_size=32), "32"),
         (dict(train="nowhere"), "no images at 'nowhere'"),

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from mmae_fast import dispatch
+from mmae_fast import dispatch, fast_coding_rate, fast_gram
 
 from .accuracy import Result, coding_rate, entropy, expected, features, gram, largest, run
 
@@ -209,3 +209,62 @@ def test_large_matrix(q):
     for backend in CUDA_BACKENDS:
         check_on("cuda", q, features("gaussian", 700, 520), backend)
         check_on("cuda", q, features("gaussian", 260, 1100), backend)
+
+
+# --------------------------------------------------------------------------------------------------
+# Triton: what the interpreter and the compiler cannot see (test_triton.py does the rest)
+
+triton_only = lambda test: cuda_only(  # noqa: E731
+    pytest.mark.skipif(
+        "triton" not in CUDA_BACKENDS, reason=f"triton: {dispatch.refusal('triton', 'cuda')}"
+    )(test)
+)
+
+
+@triton_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(300, 500), (500, 300), (1024, 768), (3, 280, 261), (4, 128, 200), (4, 200, 64)]
+)
+def test_triton_tiles(dtype, shape):
+    """Every table of kernels/configs.py, split and whole depths, at the accuracy of float32."""
+    for q in (coding_rate(0.1), entropy(2.0), gram("samples"), gram("features")):
+        check_on("cuda", q, features("gaussian", *shape, dtype=dtype), "triton")
+    check_on(
+        "cuda", entropy(2.0), features("collapsed", *shape, dtype=dtype), "triton", center=True
+    )
+
+
+@triton_only
+def test_triton_is_bitwise_reproducible():
+    for shape in [(1024, 768), (64, 50, 768), (4096, 300)]:
+        z, cotangent = example("cuda", *shape)
+        for q in CAPTURED:
+            first, second = (value_and_grad(q, z, cotangent, "triton") for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@triton_only
+def test_triton_tf32_on_request():
+    z, _ = example("cuda", 600, 400)
+    truth = gram("features").truth(z.double()).float()
+    full = fast_gram(z, backend="triton")
+    less = fast_gram(z, backend="triton", precision="high")
+    error = [(g - truth).abs().max() / truth.abs().max() for g in (full, less)]
+    assert error[0] < 2e-6 and 1e-6 < error[1] < 2e-3
+
+
+@triton_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_triton_memory(dtype, normalize):
+    """Beside the gradient nothing of the size of z: 32 MiB of rows, and k x k matrices."""
+    z = torch.randn(65536, 1024, device="cuda").to(dtype).requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    value = fast_coding_rate(z, 1e-3, normalize=normalize, center=True, backend="triton")
+    (grad,) = torch.autograd.grad(value, z)
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before - grad.nbytes
+    assert extra < (32 + 20 * 4 + 16) << 20

@@ -105,7 +105,7 @@ def test_nothing_imports_the_drivers():
 
 def test_evaluation_knows_no_training():
     """What is done with a frozen encoder; fine-tuning and comparing runs are above training."""
-    for name in ("published", "probes", "evaluate", "export", "page", "report"):
+    for name in ("published", "probes", "evaluate", "export", "classifier", "page", "report"):
         inside, _ = imports(modules()[name])
         above = {"train", "step", "finetune", "compare", "demo", "cli"}
         assert not inside & above, f"{name} imports {inside & above}"

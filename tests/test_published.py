@@ -236,6 +236,33 @@ def test_commands_take_a_published_file(golden, tmp_path, capsys):
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_fine_tuning_analysis_and_export_of_a_published_file(golden, tmp_path, capsys):
+    path = write(tmp_path / "umae.pth", golden[0])
+    data = photos(tmp_path / "photos")
+    heads = ["--published.num-heads", 4, "--published.decoder-num-heads", 4]
+    images = ["--train", data, "--img-size", 48, "--device", "cpu"]
+    short = ["--epochs", 1, "--warmup-epochs", 0, "--batch-size", 4, "--out", tmp_path / "tuned"]
+    mmae("finetune", path, *images, *short, *heads)
+    assert (tmp_path / "tuned" / "finetune.json").exists()
+    assert not (tmp_path / "finetune.json").exists()
+
+    analysis = ["--out", tmp_path / "analysis", "--count", 4, "--device", "cpu"]
+    mmae("analyze", path, "--data", data, *analysis, *heads)
+    assert (tmp_path / "analysis" / "analysis.json").exists()
+
+    capsys.readouterr()
+    for source, options in ((path, heads), (tmp_path / "tuned", [])):
+        mmae("export", source, tmp_path / f"of-{source.name}", *options)
+    names = {}
+    exec(capsys.readouterr().out, names)  # the last model: the classifier, at its own size
+    with torch.no_grad():
+        assert names["model"].eval()(torch.randn(2, 3, 48, 48)).shape == (2, 2)
+    with pytest.raises(SystemExit, match=r"--published\.norm-pix"):
+        mmae("export", path, tmp_path / "hf", "--format", "hf", *heads)
+    mmae("export", path, tmp_path / "hf", "--format", "hf", *heads, "--published.norm-pix", "True")
+    assert (tmp_path / "hf" / "preprocessor_config.json").exists()
+
+
 def test_images_of_other_channels(golden, tmp_path):
     pytest.importorskip("sklearn")
     path = write(tmp_path / "a.pth", golden[0])

@@ -46,6 +46,9 @@ struct Kernels {
   // Of K1 ⊙ K2 (n x n): two views of the same batch, rows and dtype; weights (batch, n, n).
   void (*joint_entropy)(const Features&, const Features&, double alpha, void* value, void* weight1,
                         void* weight2, Threads);
+  // Of ready Gram matrices (batch, k, k), float32 or float64; V = dH / dG (batch, k, k).
+  void (*gram_entropy)(DType, int64_t batch, int64_t k, double alpha, const void* gram, void* value,
+                       void* v, Threads);
   // sum_r f_r v_r v_rᵀ, (batch, k, k), from the eigenvectors v_r, the rows of `vectors`, and f
   // (batch, k): for matrices whose eigenvectors a library found. float32 or float64.
   void (*spectral)(DType, int64_t batch, int64_t k, const void* vectors, const void* f, void* out,

@@ -363,3 +363,38 @@ void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T
     }
   }
 }
+
+// H_alpha of ready Gram matrices (k x k, contiguous), each scaled as above, and V.
+template <class T>
+void gram_entropy_range(const T* gram, int64_t k, double alpha, T* value, T* v, int64_t begin,
+                        int64_t end, const Executor& executor) {
+  const int64_t ld = padded<T>(k), group = entropy_group(alpha, k);
+  std::vector<EntropyTask<T>> tasks;
+  std::vector<T> scales;
+  for (int64_t first = begin; first < end; first += group) {
+    Memory memory;
+    tasks.clear();
+    scales.clear();
+    for (int64_t index = first; index < std::min(first + group, end); ++index) {
+      const T* from = gram + index * k * k;
+      T* g = memory.take<T>(ld * ld);
+      scales.push_back(unit_scale(from, k, k));
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t j = 0; j < k; ++j) g[i * ld + j] = from[i * k + j] * scales.back();
+        std::fill(g + i * ld + k, g + (i + 1) * ld, T(0));
+      }
+      std::fill(g + k * ld, g + ld * ld, T(0));
+      tasks.emplace_back(g, k, ld);
+    }
+    entropies(tasks, alpha, v != nullptr, false, memory, executor);
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      const int64_t index = first + int64_t(i);
+      value[index] = tasks[i].empty() ? T(0) : T(tasks[i].h);
+      if (!v) continue;
+      T* to = v + index * k * k;
+      if (trivial_weight(tasks[i], to)) continue;
+      for (int64_t r = 0; r < k; ++r)
+        for (int64_t j = 0; j < k; ++j) to[r * k + j] = scales[i] * tasks[i].v[r * ld + j];
+    }
+  }
+}

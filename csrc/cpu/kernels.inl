@@ -118,6 +118,29 @@ void joint_entropy(const Features& f1, const Features& f2, double alpha, void* v
   });
 }
 
+void gram_entropy(DType dtype, int64_t batch, int64_t k, double alpha, const void* gram,
+                  void* value, void* v, Threads threads) {
+  Features f{};  // for its sizes
+  f.batch = batch;
+  f.n = f.d = k;
+  const auto run = [&](auto t) {
+    using T = decltype(t);
+    const T* g = static_cast<const T*>(gram);
+    T *h = static_cast<T*>(value), *to = static_cast<T*>(v);
+    if (entropy_in_lanes<T>(f, k, alpha, threads))
+      return over_groups<T>(f, threads, [&](int64_t first, int64_t count) {
+        gram_entropy_lanes(g, k, alpha, h, to, first, count);
+      });
+    over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
+      gram_entropy_range(g, k, alpha, h, to, begin, end, executor);
+    });
+  };
+  if (dtype == DType::kFloat64)
+    run(double{});
+  else
+    run(float{});
+}
+
 void spectral(DType dtype, int64_t batch, int64_t k, const void* vectors, const void* f, void* out,
               Threads threads) {
   const auto run = [&](auto t) {
@@ -203,10 +226,10 @@ void gram_bwd(const Features& f, bool samples, const void* grad, const void* gra
 }  // namespace MMAE_ISA
 
 const Kernels& MMAE_CONCAT(kernels_, MMAE_ISA)() {
-  static const Kernels table{MMAE_ISA_NAME,         MMAE_ISA::kMaxEigen, MMAE_ISA::serves_entropy,
-                             MMAE_ISA::coding_rate, MMAE_ISA::entropy,   MMAE_ISA::joint_entropy,
-                             MMAE_ISA::spectral,    MMAE_ISA::gram,      MMAE_ISA::gram_bwd,
-                             MMAE_ISA::weight_bwd};
+  static const Kernels table{MMAE_ISA_NAME,          MMAE_ISA::kMaxEigen, MMAE_ISA::serves_entropy,
+                             MMAE_ISA::coding_rate,  MMAE_ISA::entropy,   MMAE_ISA::joint_entropy,
+                             MMAE_ISA::gram_entropy, MMAE_ISA::spectral,  MMAE_ISA::gram,
+                             MMAE_ISA::gram_bwd,     MMAE_ISA::weight_bwd};
   return table;
 }
 

@@ -67,6 +67,48 @@ inline void dots(int64_t depth, const Vec<T>* const (&a)[LB], const Vec<T>* cons
 // --------------------------------------------------------------------------------------------------
 // From features to Gram matrices and back to memory
 
+// out (batch, rows, columns) = value(i, j) for the matrices [first, first + count).
+template <class T, class F>
+void store_entries(const F& value, int64_t rows, int64_t columns, int64_t first, int64_t count,
+                   T* out) {
+  constexpr int VL = kLanes<T>;
+  int64_t i = 0, j = 0;
+  for (int64_t at = 0; at < rows * columns; at += VL) {
+    const int64_t width = std::min<int64_t>(VL, rows * columns - at);
+    Vec<T> x[VL];
+    for (int q = 0; q < VL; ++q) {
+      x[q] = q < width ? value(i, j) : Vec<T>{};
+      if (q < width && ++j == columns) j = 0, ++i;
+    }
+    transpose_block<T>(x);
+    for (int64_t m = 0; m < count; ++m) {
+      T* to = out + (first + m) * rows * columns + at;
+      if (width == VL)
+        store(to, x[m]);
+      else
+        std::memcpy(to, &x[m], size_t(width) * sizeof(T));
+    }
+  }
+}
+
+// The lower triangles of kLanes matrices of leading dimension ld to the packed g.
+template <class T>
+void pack_lower(const T* const (&from)[kLanes<T>], int64_t k, int64_t ld, Vec<T>* g) {
+  constexpr int VL = kLanes<T>;
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j <= i; j += VL) {
+      const int64_t width = std::min<int64_t>(VL, i + 1 - j);
+      Vec<T> x[VL];
+      for (int m = 0; m < VL; ++m) {
+        T part[VL] = {};
+        std::memcpy(part, from[m] + i * ld + j, size_t(width) * sizeof(T));
+        x[m] = load(part);
+      }
+      transpose_block<T>(x);
+      std::memcpy(g + packed_row(i) + j, x, size_t(width) * sizeof(Vec<T>));
+    }
+}
+
 // Matrices [first, first + count) of the batch, their prepared rows' Gram matrix and row scales.
 template <class S, class T>
 struct LaneGroup {
@@ -140,29 +182,7 @@ struct LaneGroup {
           }
           return x;
         },
-        k, k, weight);
-  }
-
-  // out (batch, rows, columns) = value(i, j) for the lanes in use.
-  template <class F>
-  void store_entries(const F& value, int64_t rows, int64_t columns, T* out) const {
-    int64_t i = 0, j = 0;
-    for (int64_t at = 0; at < rows * columns; at += VL) {
-      const int64_t width = std::min<int64_t>(VL, rows * columns - at);
-      Vec<T> x[VL];
-      for (int q = 0; q < VL; ++q) {
-        x[q] = q < width ? value(i, j) : Vec<T>{};
-        if (q < width && ++j == columns) j = 0, ++i;
-      }
-      transpose_block<T>(x);
-      for (int64_t m = 0; m < count; ++m) {
-        T* to = out + (first + m) * rows * columns + at;
-        if (width == VL)
-          store(to, x[m]);
-        else
-          std::memcpy(to, &x[m], size_t(width) * sizeof(T));
-      }
-    }
+        k, k, first, count, weight);
   }
 
  private:
@@ -291,12 +311,13 @@ void gram_lanes(const Features& f, bool samples, T* out, T* inverse_norm, T* mea
   Memory memory;
   const LaneGroup<S, T> group(f, first, count, samples, memory);
   const int64_t k = group.k;
-  group.store_entries(
+  store_entries(
       [&](int64_t i, int64_t j) {
         return i >= j ? group.g[packed_row(i) + j] : group.g[packed_row(j) + i];
       },
-      k, k, out);
-  group.store_entries([&](int64_t, int64_t j) { return group.scale[j]; }, 1, f.n, inverse_norm);
+      k, k, first, count, out);
+  store_entries([&](int64_t, int64_t j) { return group.scale[j]; }, 1, f.n, first, count,
+                inverse_norm);
   std::fill_n(mean + first * f.d, count * f.d, T(0));
   for (int m = 0; m < count; ++m)
     if (group.failed[m])

@@ -122,3 +122,28 @@ void joint_entropy_lanes(const Features& f1, const Features& f2, double alpha, T
       joint_entropy_range<S, T>(f1, f2, alpha, value, weight1, weight2, m, m + 1,
                                 Executor{nullptr});
 }
+
+// Of ready Gram matrices.
+template <class T>
+void gram_entropy_lanes(const T* gram, int64_t k, double alpha, T* value, T* v, int64_t first,
+                        int64_t count) {
+  constexpr int VL = kLanes<T>;
+  Memory memory;
+  const int64_t order = round_up(k, LB);
+  Vec<T>* g = memory.take<Vec<T>>(packed_row(order));
+  std::fill(g + packed_row(k), g + packed_row(order), Vec<T>{});
+  const T* from[VL];
+  for (int m = 0; m < VL; ++m) from[m] = gram + (first + std::min<int64_t>(m, count - 1)) * k * k;
+  pack_lower<T>(from, k, k, g);
+  const LaneEntropy<T> entropy(g, k, order, alpha, v != nullptr, memory);
+  for (int64_t m = 0; m < count; ++m) value[first + m] = T(entropy.value[m]);
+  if (v)
+    store_entries(
+        [&](int64_t i, int64_t j) {
+          return entropy.factor * entropy.v[i >= j ? packed_row(i) + j : packed_row(j) + i];
+        },
+        k, k, first, count, v);
+  for (int64_t m = first; m < first + count; ++m)
+    if (entropy.failed[m - first])
+      gram_entropy_range(gram, k, alpha, value, v, m, m + 1, Executor{nullptr});
+}

@@ -22,7 +22,7 @@ struct Measure {
 int64_t max_order(DType dtype, Measure, int device);
 // Largest d of weight_bwd where d < n.
 int64_t max_columns();
-// Whether measure() needs scratch: else one kernel goes from features to weight.
+// Whether measure() needs scratch; else gram is null, and one kernel goes from features to weight.
 bool needs_scratch(DType dtype, int64_t k, Measure);
 
 // gram (batch, k, k), scale and along (batch, n), mean (batch, d), common (batch).
@@ -43,6 +43,21 @@ const char* gram(const Features&, bool samples, void* gram, void* scale, void* m
 // (batch, d) are scratch for the features side.
 const char* weight_bwd(const Features&, const void* grad, const void* weight, void* scale,
                        void* mean, void* grad_z, Queue);
+
+// Whether the vendor's batched eigensolver is loaded in this process.
+bool has_solver();
+
+// Symmetric a (batch, k, k) → ascending lam (batch, k) and, if wanted, eigenvectors in the rows of
+// a, which is overwritten in any case; info (batch): not 0 where it failed. All in device memory.
+struct Eigh {
+  DType dtype;
+  int64_t batch, k;
+  bool want_vectors;
+  void *a, *lam, *work;
+  int* info;
+};
+// Without work: the bytes it needs. The vendor does not promise that it can be captured in a graph.
+const char* eigh(const Eigh&, Queue, size_t* device_bytes);
 
 }  // namespace cuda
 }  // namespace mmae

@@ -281,7 +281,7 @@ struct JacobiBlock {
   }
 
   // What the weight needs besides V on the samples side: row means of V (rows.column) and their
-  // mean (returned); projections s_i into `projection`.
+  // mean (returned); projections s_i = (V G)_ii + (C along)_i into `projection`.
   MMAE_DEVICE T prepare_fold(const RowData<T>& rows, T null, Shared<T> work, Shared<T> projection) {
     for (int i = t; i < k; i += int(blockDim.x)) {
       double sum = 0;
@@ -293,8 +293,8 @@ struct JacobiBlock {
       __syncthreads();  // the projections are complete
       return 0;
     }
-    const T scale = rows.count > 0 ? T(1 / rows.count) : T(0);
-    if (rows.normalize) {  // + C along = P V P along, P the centring of the rows kept
+    const T inverse = rows.count > 0 ? T(1 / rows.count) : T(0);
+    if (rows.normalize) {  // C along = P V P along, P the centring of the rows kept
       const T mean = T(mean_of(rows.along, rows));
       const auto x = [&](int i) { return rows.keep[i] * (rows.along[i] - mean); };
       apply(x, null, work, rows.column);
@@ -302,7 +302,7 @@ struct JacobiBlock {
       for (int i = t; i < k; i += int(blockDim.x))
         projection[i] = projection[i] + rows.keep[i] * (rows.column[i] - shift);
     }
-    apply([&](int i) { return rows.keep[i] * scale; }, null, work, rows.column);
+    apply([&](int i) { return rows.keep[i] * inverse; }, null, work, rows.column);
     return T(mean_of(rows.column, rows));
   }
 

@@ -94,10 +94,11 @@ void launch_gram_entropy(L& launch, int64_t batch, int64_t k, const T* g, double
   launch_of_gram<T>(launch, f, in, k, {false, 0, alpha}, value, weight);
 }
 
-// The same of features, k = min(n, d), in one kernel where it fits, else through scratch.
+// The same of features, k = min(n, d), in one kernel if there is no scratch (is_fused), else by way
+// of their Gram matrix.
 template <class T, class L>
 void launch_measure(L& launch, const Features& f, Measure m, T* value, T* weight, Scratch scratch) {
-  if (is_fused(m, f.k(), sizeof(T) == 8)) return launch_fused<T>(launch, f, m, value, weight);
+  if (!scratch.gram || f.k() == 0) return launch_fused<T>(launch, f, m, value, weight);
   T *gram = static_cast<T*>(scratch.gram), *scale = static_cast<T*>(scratch.scale);
   T *mean = static_cast<T*>(scratch.mean), *along = static_cast<T*>(scratch.along);
   T* common = static_cast<T*>(scratch.common);

@@ -63,7 +63,8 @@ def decode(data: Data, spec: Spec) -> Decoded:
 
     Raises:
         Undecodable: damaged.
-        UserError: a size, a number of channels or a type that needs another setting.
+        UserError: a file that cannot be read; a size, a number of channels or a type that needs
+            another setting.
     """
     try:
         image = open_image(data, spec.size if spec.resize else None)
@@ -193,11 +194,13 @@ def _misfit(has: int, wanted: int) -> UserError:
 def _read(data: bytes | Path | Span) -> bytes:
     if isinstance(data, bytes):
         return data
-    if isinstance(data, Path):
-        return data.read_bytes()
-    with data.path.open("rb") as file:
-        file.seek(data.offset)
-        raw = file.read(data.size)
-    if len(raw) != data.size:
-        raise EOFError(f"{data.path} ends within it")
+    path, offset, size = data if isinstance(data, Span) else (data, 0, -1)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            raw = file.read(size)
+    except OSError as error:  # the disk, not the image: to skip would leave out what is there
+        raise UserError(f"cannot be read: {error}") from error
+    if size >= 0 and len(raw) != size:
+        raise EOFError(f"{path} ends within it")
     return raw

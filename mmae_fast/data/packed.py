@@ -107,8 +107,7 @@ def pack_source(source: Source, spec: Spec, out: Path, strict: bool = False) -> 
                 task.advance(block[2])
                 task.say(f"{progress.count:,} images")
         tally.require_images()
-        for line in tally.report():
-            print(line, flush=True)
+        tally.report()
         _write_durably(partial / SKIPPED, "".join(f"{n}\t{why}\n" for n, why in tally.skipped))
         _write_manifest(partial, tally, progress)
         os.rename(partial, out)

@@ -35,6 +35,8 @@ def make_spec(
     """What to make of the images; what is not given is as in the first that can be decoded."""
     if value_range is not None and not value_range[0] < value_range[1]:
         raise UserError(f"the range of values must be low < high, got {value_range}")
+    if in_chans is not None and in_chans < 1:
+        raise UserError(f"in_chans must be positive, got {in_chans}")
     size, channels = img_size, in_chans or source.in_chans
     if isinstance(size, int):
         size = (size, size)
@@ -54,6 +56,8 @@ def _first(source: Source) -> tuple[tuple[int, int], int]:
             if isinstance(sample.data, Undecodable):
                 raise sample.data
             return natural(open_image(sample.data))
+        except UserError as error:
+            raise UserError(f"{sample.name} ({source.origin}) {error}") from error
         except Exception as error:  # decoders raise anything on damaged files
             failed = failed or f"{sample.name}: {reason(error)}"
     raise UserError(f"no image of {source.origin} can be decoded, e.g. {failed}")
@@ -64,7 +68,7 @@ def decode_all(
 ) -> Iterator[tuple[Sample, Decoded | Undecodable]]:
     """Samples in their order from ``start``, decoded in threads, few ahead of the consumer.
 
-    Raises: UserError: an image that needs another setting, named.
+    Raises: UserError: a file that cannot be read, an image that needs another setting; named.
     """
 
     def work(sample: Sample) -> Decoded | Undecodable:
@@ -150,18 +154,18 @@ class Tally:
                 f"{': '.join(self.skipped[0]) if self.skipped else 'there is none'}"
             )
 
-    def report(self) -> list[str]:
-        """Lines for the screen."""
-        lines = []
+    def report(self) -> None:
+        """Say it on the screen, once where there are several processes."""
+        if os.environ.get("RANK", "0") != "0":
+            return
         if self.skipped:
-            name, reason = self.skipped[0]
-            lines.append(
-                f"Skipped {len(self.skipped)} of {len(self.source.samples)} images of "
-                f"{self.source.origin}, e.g. {name}: {reason}"
-            )
+            name, why = self.skipped[0]
+            count = f"{len(self.skipped)} of {len(self.source.samples)}"
+            print(f"Skipped {count} images of {self.source.origin}, e.g. {name}: {why}", flush=True)
         if self.low <= self.high:
-            lines.append(f"Images of more than 8 bits have values {self.low:g} to {self.high:g}")
-        return lines
+            print(
+                f"Images of more than 8 bits have values {self.low:g} to {self.high:g}", flush=True
+            )
 
 
 def read_images(source: Source, spec: Spec, strict: bool) -> ImageData:
@@ -178,8 +182,7 @@ def read_images(source: Source, spec: Spec, strict: bool) -> ImageData:
             images[len(labels)] = result.pixels
             labels.append(sample.label)
     tally.require_images()
-    for line in tally.report():
-        print(line, flush=True)
+    tally.report()
     return ImageData(
         torch.from_numpy(images[: len(labels)]),
         torch.tensor(labels) if tally.labelled else None,
@@ -192,11 +195,13 @@ def read_images(source: Source, spec: Spec, strict: bool) -> ImageData:
 def _check_memory(source: Source, spec: Spec) -> None:
     needed = len(source.samples) * spec.channels * spec.size[0] * spec.size[1]
     free = free_memory()
-    if free is not None and needed > 0.8 * free:
+    # Every process of torchrun decodes for itself.
+    together = needed * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if free is not None and together > 0.8 * free:
         raise UserError(
             f"{len(source.samples):,} images of {spec.size[0]}x{spec.size[1]} need "
-            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free; pack them once "
-            f"and train from the pack: mmae data pack {source.origin} DIR --img-size "
+            f"{together / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free; pack them "
+            f"once and train from the pack: mmae data pack {source.origin} DIR --img-size "
             f"{' '.join(map(str, spec.size))}"
         )
 

@@ -92,7 +92,10 @@ def folder(path: Path) -> Source:
 
 
 def _file_identity(path: Path) -> str:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     return f"{path.name} {status.st_size} {status.st_mtime_ns}"
 
 

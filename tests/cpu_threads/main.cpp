@@ -354,6 +354,22 @@ void check_entropies(const Kernels& kernels, const Type& type, int64_t batch, in
     };
     const std::string name = "entropy of a known spectrum, alpha " + std::to_string(alpha);
     check_spectral(kernels, in, name.c_str(), forward, truth);
+    // Of the ready Gram matrix: rows are as they are, so that W' = 2 V.
+    const auto of_ready = [&](const Features& f, void* value, void* weight) {
+      const int64_t item = type.result_bytes, size = batch * k * k;
+      const DType result = item == 8 ? DType::kFloat64 : DType::kFloat32;
+      Buffer gram(size, item, 0xff), inverse_norm(batch * n, item, 0xff), mean(batch * d, item, 0);
+      kernels.gram(f, f.samples(), gram.bytes.get(), inverse_norm.bytes.get(), mean.bytes.get(),
+                   threads());
+      Buffer v(size, item, 0xff);
+      kernels.gram_entropy(result, batch, k, alpha, gram.bytes.get(), value,
+                           weight ? v.bytes.get() : nullptr, threads());
+      if (!weight) return;
+      const Numbers numbers = v.numbers(result);
+      for (int64_t i = 0; i < size; ++i)
+        encode(2 * numbers[size_t(i)], result, static_cast<char*>(weight) + i * item);
+    };
+    check_spectral(kernels, in, (name + ", ready").c_str(), of_ready, truth);
   }
 }
 
@@ -424,8 +440,8 @@ int main() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     run(mmae::kernels_avx512());
 #endif
-  // coding_rate, entropy, joint_entropy, spectral, gram, gram_bwd, weight_bwd
-  constexpr size_t kRun = 7;
+  // coding_rate, entropy, joint_entropy, gram_entropy, spectral, gram, gram_bwd, weight_bwd
+  constexpr size_t kRun = 8;
   const size_t functions = (sizeof(Kernels) - offsetof(Kernels, coding_rate)) / sizeof(void*);
   check(functions == kRun, "every function of the table has a check here");
   return failures > 0;

@@ -148,6 +148,9 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("product_shared_bytes", [](bool d) { return cuda::product_plan(d).shared_bytes; });
   m.def("rows_shared_bytes",
         [](int64_t d, bool f64) { return cuda::rows_plan(d, f64).shared_bytes; });
+  m.def("largest_order", [](cuda::Kernel kernel, bool is_double, int shared) {
+    return cuda::max_order(kernel, is_double, shared);
+  });
   m.def("max_order", [](bool is_rate, double alpha, bool is_double, int shared) {
     return cuda::max_order(cuda::kernel_of({is_rate, 0, alpha}), is_double, shared);
   });
@@ -161,6 +164,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
       .value("uninitialised", Fault::kUninitialised)
       .value("divergent", Fault::kDivergent);
   m.def("reverse", &reverse);
+  m.attr("max_columns") = cuda::kMaxOrder;
   m.attr("shared_budget") = cuda::kSharedBudget;
   m.attr("row_mean_shared_bytes") = cuda::kMeanShared;
 }

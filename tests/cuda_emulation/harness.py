@@ -5,21 +5,30 @@ import hashlib
 import importlib.util
 import math
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmae_fast import reference
+from mmae_fast import cuda_backend, operators, reference
+
+from ..accuracy import expected, largest, run
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 COMPILER = os.environ.get("CXX") or "g++"
 CANARY = -12345.0
 GUARD = 8  # elements before and after every output
+
+needs_emulator = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which(COMPILER) is None,
+    reason=f"the emulator needs Linux and a C++ compiler ({COMPILER})",
+)
 
 
 @functools.cache
@@ -74,6 +83,8 @@ class Ops:
 
     def __init__(self, seed=0):
         self.seed = seed
+        self.solver = True  # whether the vendor's batched eigensolver is there
+        self.fused = True  # False: by way of the Gram matrix also where one kernel would do
         self.shared = 227 * 1024  # bytes that a block of the GPU in mind may have
         self.launches = []  # (blocks, threads, shared bytes) of every kernel
 
@@ -93,7 +104,8 @@ class Ops:
         k = min(n, d)
         value, weight = self.output(z), self.output(z, k, k)
         parts = ((k, k), (n,), (d,), (n,), (1,))
-        if not emulator().needs_scratch(is_rate, alpha, k, z.dtype == torch.float64):
+        is_double = z.dtype == torch.float64
+        if self.fused and not emulator().needs_scratch(is_rate, alpha, k, is_double):
             parts = ()
         scratch = [self.output(z, *part) for part in parts]
         self.launches += emulator().measure(
@@ -149,5 +161,49 @@ class Ops:
         scale.finished(written=False), mean.finished(written=False)
         return grad_z.finished()
 
+    def cuda_eigh_(self, a, vectors):
+        lam, columns = torch.linalg.eigh(a)
+        if vectors:
+            a.copy_(columns.mT)
+        self.launches.append("eigh")
+        return lam, torch.zeros(a.shape[:-2], dtype=torch.int32)
+
+    def cuda_has_solver(self):
+        return self.solver
+
     def cuda_max_order(self, is_rate, alpha, is_double, device):
         return emulator().max_order(is_rate, alpha, is_double, self.shared)
+
+
+@pytest.fixture(name="ops", autouse=True)
+def emulated(monkeypatch):
+    """The Python backend on top of the emulated operators."""
+    operators_of_host = Ops()
+    monkeypatch.setattr(cuda_backend, "_ops", operators_of_host)
+    return operators_of_host
+
+
+def fast(q, z, normalize=True, center=False, mask=None):
+    need = z.requires_grad
+    if q.kind == "gram":
+        return operators.gram(z, mask, q.parameter == "samples", normalize, center, "cuda")[0]
+    op = operators.coding_rate if q.kind == "coding_rate" else operators.matrix_entropy
+    return op(z, mask, float(q.parameter), normalize, center, need, "cuda")[0]
+
+
+def check(q, z, need_grad=True, **rows):
+    """The rule of accuracy.py for value (with and without the weight) and gradient."""
+    truth, cotangent, value_allowed, grad_allowed = expected(q, z, rows, need_grad)
+    dims = 2 if q.kind == "gram" else 0
+    results = [("value", run(partial(fast, q, **rows), z, None)[0], truth.value, value_allowed)]
+    if need_grad:
+        value, grad = run(partial(fast, q, **rows), z, cotangent)
+        assert grad.dtype == z.dtype
+        results.append(("value with weight", value, truth.value, value_allowed))
+        results.append(("gradient", grad, truth.grad, grad_allowed))
+    for name, got, wanted, allowed in results:
+        assert got.shape == wanted.shape
+        error = largest(got.double() - wanted, 2 if name == "gradient" else dims)
+        assert (error <= allowed).all() and error.isfinite().all(), (
+            f"{name} of {q}, {tuple(z.shape)} {z.dtype} {rows}: {error} allowed {allowed}"
+        )
