@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,8 @@ class World:
         if self.size > 1:
             said = [str(error) if error else None]
             dist.broadcast_object_list(said, device=torch.device("cpu"))
+            if said[0] is not None:
+                _meet()
             if error is None and said[0] is not None:
                 raise UserError(said[0])
         if error is not None:
@@ -98,9 +101,23 @@ def join(device: str) -> Iterator[World]:
     try:
         yield World(place, dist.get_rank(), size)
     except KeyboardInterrupt:  # all stopped at the same step
-        dist.destroy_process_group()
+        _leave()
         raise
     # After an error the group is left alone: to take it down may wait for processes that are busy.
+    _leave()
+
+
+def _meet() -> None:
+    """Wait until all are here: the connections of one that ends take what is under way with them.
+
+    Who finds the others gone has been met by them before.
+    """
+    with suppress(RuntimeError):
+        dist.all_reduce(torch.zeros(()))
+
+
+def _leave() -> None:
+    _meet()
     dist.destroy_process_group()
 
 
@@ -176,6 +193,8 @@ def wrap(model: nn.Module, world: World, shard: bool) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        # Nothing here writes into an output of the model, which is what PyTorch warns of.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(world.device.type, (world.size,))
         for blocks in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
             for block in blocks:
@@ -185,9 +204,12 @@ def wrap(model: nn.Module, world: World, shard: bool) -> nn.Module:
         return model
     if world.size == 1:
         return model
-    return nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=[world.device] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,  # they are fixed, or the same everywhere
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        # PyTorch 2.14 has another word for broadcast_buffers, which 2.11 does not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,  # they are fixed, or the same everywhere
+            gradient_as_bucket_view=True,
+        )

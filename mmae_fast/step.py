@@ -36,8 +36,8 @@ class TrainingStep:
 
     Args:
         model: on the device of ``world``; sharded in place where the configuration says so.
-        phase: context managers around "forward", "loss", "backward" and "optimizer", for a
-            profile.
+        phase: context managers around "forward", "loss", "backward" (or, with accumulation, all
+            "parts") and "optimizer", for a profile.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TrainingStep:
         self.sums = torch.zeros(2 + len(objective.terms), device=world.device)
         self.skipped = torch.zeros(3, dtype=torch.int64, device=world.device)
 
-    def __call__(self, inputs: tuple[Tensor, ...], lr: float) -> Any:
+    def __call__(self, inputs: tuple[Tensor, ...], lr: float) -> Tensor:
         """Update with this process's part of a batch; return the features that the loss saw."""
         running = [buffer.clone() for buffer in self.running]
         gradients = self._gradients if self.config.accumulate == 1 else self._gradients_in_parts

@@ -244,6 +244,10 @@ def test_full_and_read_only_disk(small_disk):
     with pytest.raises(UserError, match="Read-only file system") as caught:
         save_checkpoint(small_disk, 4, state(4), META, 3, ALONE)
     check_that_nothing_is_lost(small_disk, caught)
+    images = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
+    config = dataclasses.replace(CONFIG, out=small_disk / "run", batch_size=4, device="cpu")
+    with pytest.raises(UserError, match=r"Read-only file system: '.*/run'"):
+        pretrain(config, (ImageData(images, None, (), "made up"), None))
 
 
 def test_disk_full_while_training(small_disk):

@@ -283,6 +283,15 @@ def test_random_layers_resume_too(config, data, monkeypatch):
     assert same(a, b)
 
 
+def test_the_average_can_be_loaded(config, data):
+    checkpoint = train.pretrain(config, data, Silent())
+    model, meta = load_model(checkpoint / "ema.safetensors", ALONE.device)
+    saved = load_file(checkpoint / "ema.safetensors")
+    assert same(dict(model.state_dict()), saved) and meta["step"] == 12
+    weights = load_file(checkpoint / "model.safetensors")
+    assert weights.keys() == saved.keys() and not same(weights, saved)
+
+
 @pytest.mark.slow
 def test_compiled(config, data):
     """--compile changes rounding only."""

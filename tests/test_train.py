@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,17 @@ def test_interrupted_and_resumed_is_bitwise_the_same(config, data, number):
     assert weights.keys() == resumed_weights.keys()
     assert all(torch.equal(weights[key], resumed_weights[key]) for key in weights)
     assert records == resumed_records
+
+
+def test_resume_of_a_run_killed_before_its_first_checkpoint(config, data, capsys):
+    checkpoint = pretrain(config, data, Task())
+    weights, records = final_files(config.out)
+    shutil.rmtree(checkpoint.parent)
+    assert pretrain(dataclasses.replace(config, resume=True), data, Task()) == checkpoint
+    assert "has no checkpoint yet: starting from step 0" in capsys.readouterr().err
+    again, records_again = final_files(config.out)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert records_again == records
 
 
 def test_resume_of_a_finished_run_changes_nothing(config, data):

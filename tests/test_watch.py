@@ -89,6 +89,12 @@ def test_profile(config, data, capsys):
     assert {"forward", "backward", "optimizer"} <= names
 
 
+def test_profile_of_parts(config, data, capsys):
+    show(dataclasses.replace(config, profile=True, accumulate=2), data)
+    rows = re.findall(r"(\w+) +│ +[\d.]+ │", capsys.readouterr().out)
+    assert rows == ["data", "parts", "optimizer", "rest", "whole"]
+
+
 def test_profile_of_a_run_that_is_too_short(config, data, capsys):
     show(dataclasses.replace(config, profile=True, epochs=2), data)
     assert "--profile needs 16 steps, this run has 10" in capsys.readouterr().err
