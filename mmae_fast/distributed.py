@@ -292,7 +292,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shards):
         ctx.factor = shards.factor
-        total = x.contiguous().clone()
+        total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=shards.group)
         return total
 
@@ -303,13 +303,12 @@ class _AllReduce(torch.autograd.Function):
 
 def _gather(x: Tensor, dim: int, shards: Shards) -> Tensor:
     """As bytes, which every backend takes of every dtype, and padded to the longest shard."""
-    x = x.movedim(dim, 0).contiguous()
+    x = x.movedim(dim, 0)
     longest, ranks = max(shards.sizes), len(shards.sizes)
     if not longest or not math.prod(x.shape[1:]):  # so on all ranks, or on none
         return x.new_empty(shards.rows, *x.shape[1:]).movedim(0, dim)
-    own = x
-    if x.shape[0] < longest:
-        own = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])])
+    own = x.new_zeros(longest, *x.shape[1:])
+    own[: x.shape[0]] = x
     parts = x.new_empty(ranks, *own.shape)
     received = parts.view(ranks, -1).view(torch.uint8)
     dist.all_gather(list(received.unbind()), own.view(-1).view(torch.uint8), group=shards.group)

@@ -280,6 +280,24 @@ def test_routes_agree_on_hard_features(ranks, kind, center):
         assert_close(grad, expected_grad, 1e-6, largest, kind)
 
 
+def strided_on_rank(group, rank, z, sizes):
+    (own,), _ = own_rows(rank, [z], {}, sizes)
+    wide = torch.stack([own, own], -1).flatten(-2)
+    results = []
+    for x in (own, own.mT.contiguous().mT, wide[..., ::2]):
+        results.append(value_and_grads(partial(fast_gram, process_group=group), [x], {}))
+    return results
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 5, 1), (2, 5, 4), (2, 20, 4)], ids=str)
+def test_any_strides(ranks, shape):
+    """A single number may have any stride and be contiguous."""
+    z = features("gaussian", *shape, dtype=torch.float64)
+    for first, *others in ranks(strided_on_rank, 2, z, [1, shape[-2] - 1]):
+        for other in others:
+            torch.testing.assert_close(other, first)
+
+
 def empty_on_rank(group, rank, shape):
     z = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     value = fast_matrix_entropy(z, process_group=group)
