@@ -215,14 +215,17 @@ def _describe(x, dim: int | None, n: int) -> str:
 def _agree(group: dist.ProcessGroup, description: str, n: int) -> list[int]:
     """The number of rows of every rank; or, where descriptions differ, one error on all of them.
 
-    One all-gather of 16 bytes a rank, on the host: no GPU waits or is waited for. It is made at
-    every call, because a rank that skipped it for a known shape would leave the others waiting.
+    An exchange of 16 bytes a rank, on the host: no GPU waits or is waited for. It is made at every
+    call, because a rank that skipped it for a known shape would leave the others waiting.
     """
     digest = hashlib.blake2b(description.encode(), digest_size=8).digest()
     mine = torch.tensor([n, int.from_bytes(digest, "little", signed=True)], device="cpu")
     control = _control_group(group)
     everyone = mine.new_empty(dist.get_world_size(group), 2)
-    dist.all_gather(list(everyone.unbind()), mine, group=control)
+    # To one and back to all: gloo's all-gather is a ring, of as many messages in a row as ranks.
+    first = dist.get_rank(control) == 0
+    dist.gather(mine, list(everyone.unbind()) if first else None, group=control, group_dst=0)
+    dist.broadcast(everyone, group=control, group_src=0)
     sizes, digests = everyone.T.tolist()
     if len(set(digests)) == 1:
         return sizes
