@@ -20,6 +20,7 @@ from mmae_fast import (
     fast_matrix_entropy,
     information,
     losses,
+    reference,
 )
 
 from .accuracy import coding_rate, entropy, expected, features, run
@@ -200,6 +201,16 @@ def test_low_precision_under_autocast(ranks, q, dtype, center, shape):
         assert ((value.double() - truth.value).abs() <= value_allowed).all()
         error = (grad.double() / world - truth.grad).abs().amax((-2, -1))
         assert (error <= grad_allowed).all(), (world, error / grad_allowed)
+
+
+def test_large_coding_rate_of_singular_features(ranks):
+    """Rounding of a float32 Gram matrix would be counted as directions: float64 takes over."""
+    z = features("rank3", 130, 16)
+    one = fast_coding_rate(z, 1e6)
+    truth = reference.coding_rate(z.double(), 1e6)
+    torch.testing.assert_close(one.double(), truth, rtol=1e-6, atol=0)
+    for value, _ in ranks(accuracy_on_rank, 3, coding_rate(1e6), False, z, None, [50, 0, 80]):
+        torch.testing.assert_close(value, one, rtol=1e-6, atol=0)
 
 
 def accuracy_on_rank(group, rank, q, center, z, grad_out, sizes):
