@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import operators, reference
+from . import dispatch, operators, reference
 
 ROWS_PER_FEATURE = 4
 GRAD_SCALES = ("mean", "sum")
@@ -152,6 +152,8 @@ def _over_ranks(call, args, kwargs, group, grad_scale):
     transformed = torch._C._are_functorch_transforms_active()
     parts = [f"{name}={_describe(arg, tensors.get(name), n)}" for name, arg in arguments.items()]
     parts += [f"grad_scale={grad_scale!r}", str(error or "")] + ["torch.func"] * transformed
+    if arguments.get("backend") in dispatch.BACKENDS and isinstance(first, Tensor):
+        parts.append(dispatch.refusal(arguments["backend"], first.device.type))
     sizes = _agree(group, f"{function.__name__}({', '.join(filter(None, parts))})", n)
 
     # From here on, what is wrong on one rank is wrong on all.
@@ -199,7 +201,8 @@ def _check_group(group) -> None:
 
 
 def _has_rows(x, dim: int, n: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() >= -dim and x.shape[dim] == n and n >= 0
+    dense = isinstance(x, Tensor) and x.layout == torch.strided
+    return dense and x.dim() >= -dim and x.shape[dim] == n and n >= 0
 
 
 def _describe(x, dim: int | None, n: int) -> str:

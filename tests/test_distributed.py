@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from mmae_fast import (
+    dispatch,
     distributed,
     effective_rank,
     fast_coding_rate,
@@ -522,8 +523,27 @@ def test_a_mistake_of_one_rank_ends_all(ranks, mistake):
     assert message.count("\n  rank") == 2 and "\n  rank 1 (n = " in message
 
 
+def without_extension_on_rank(group, rank):
+    """As where one node's installation has no compiled backend."""
+    before = dispatch.EXTENSION_ERROR
+    dispatch.EXTENSION_ERROR = "no such file" if rank == 1 else None
+    try:
+        return fast_coding_rate(Z, 1.0, backend="cpu", process_group=group)
+    finally:
+        dispatch.EXTENSION_ERROR = before
+
+
+def test_a_backend_missing_on_one_rank_ends_all(ranks):
+    for failure in ranks(without_extension_on_rank, 2):
+        assert failure.kind == "ValueError"
+        assert "rank 1 (n = 7): " in failure.message
+        assert failure.message.endswith("grad_scale='mean', no such file)")
+
+
 def wrong_on_rank(group, rank, which):
-    if which == "int":
+    if which == "sparse":
+        fast_coding_rate(torch.eye(3).to_sparse(), 1.0, process_group=group)
+    elif which == "int":
         fast_coding_rate(torch.ones(3, 4, dtype=torch.int64), 1.0, process_group=group)
     elif which == "alpha":
         fast_matrix_entropy(torch.ones(30, 4), -1.0, process_group=group)
@@ -551,6 +571,7 @@ def wrong_on_rank(group, rank, which):
 @pytest.mark.parametrize(
     ("which", "kind", "message"),
     [
+        ("sparse", "TypeError", "z must be a dense (strided) tensor, got layout torch.sparse_coo"),
         ("int", "TypeError", "z must be float32, float64, bfloat16 or float16, got torch.int64"),
         ("alpha", "ValueError", "alpha must be > 0, got -1.0"),
         ("mask", "ValueError", "mask must have z's shape without its last dimension, (30,), got"),
