@@ -16,13 +16,15 @@ terms; a lower bound for any implementation that runs forward and backward one a
 | Rényi-3      | k(k+1)m + k³     | 2k²m               | snd           | 2snd               |
 | von Neumann  | k(k+1)m + 4k³/3  | 2k²m + 3k³         | snd           | 2snd               |
 | joint        | n(n+1)d + 3n²    | 2n²d               | snd           | 2snd               |
+| ready        | n(n+1)d + 4n³/3  | 2n²d + 3n³         | snd           | 2snd               |
 
 k(k+1)m is one triangle of a symmetric product; 2k²m the one product that a closed-form gradient
 needs; k³/3 a Cholesky factor and 2k³/3 the inverse from it; 4k³/3 the reduction to tridiagonal
 form, 2k³ its back-transformation and k³ the function of the matrix (the eigenvectors of the
 tridiagonal matrix are not counted: their cost depends on the spectrum); k³ one triangle of the
 square of a symmetric matrix. "joint" is the Rényi-2 joint entropy of two views, the halves of the
-columns of z, on n x n matrices.
+columns of z, on n x n matrices; "ready" is their von Neumann joint entropy from ready Gram
+matrices, which are PyTorch's products for everybody.
 """
 
 import math
@@ -67,7 +69,7 @@ class Shape(NamedTuple):
 
 
 # Who has these shapes: tokens of a ViT per image, heads of a transformer, class tokens of a batch,
-# small groups of small features; tokens per head, tokens of a sentence, a memory bank.
+# small groups of small features; tokens per head, tokens of a sentence, memory banks.
 CPU_SHAPES = (
     Shape(256, 50, 768),
     Shape(1024, 64, 64),
@@ -79,6 +81,8 @@ CPU_SHAPES = (
     Shape(128, 128, 256),
     Shape(8, 384, 1024),
     Shape(1, 16384, 384),
+    Shape(1, 8192, 1024),
+    Shape(1, 65536, 384),
 )
 _GPU = (
     (1, 1024, 768),
@@ -121,18 +125,25 @@ def cholesky_coding_rate(z: Tensor) -> Tensor:
     return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-def _density(z: Tensor) -> Tensor:
-    g = _eager_float(z)
+def _trace_one(g: Tensor) -> Tensor:
     return g / g.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+
+def _density(z: Tensor) -> Tensor:
+    return _trace_one(_eager_float(z))
 
 
 def eager_renyi2(z: Tensor) -> Tensor:
     return -2 * torch.linalg.matrix_norm(_density(z)).log()
 
 
-def eager_von_neumann(z: Tensor) -> Tensor:
-    lam = torch.linalg.eigvalsh(_density(z)).clamp(min=1e-12)  # rounding makes negative ones
+def _von_neumann(rho: Tensor) -> Tensor:
+    lam = torch.linalg.eigvalsh(rho).clamp(min=1e-12)  # rounding makes negative ones
     return -torch.special.xlogy(lam, lam).sum(-1)
+
+
+def eager_von_neumann(z: Tensor) -> Tensor:
+    return _von_neumann(_density(z))
 
 
 def eager_renyi3(z: Tensor) -> Tensor:
@@ -148,8 +159,13 @@ def halves(z: Tensor) -> tuple[Tensor, Tensor]:
 def eager_joint2(z: Tensor) -> Tensor:
     x, y = (F.normalize(view, dim=-1) for view in halves(z))
     k = ((x @ x.mT) * (y @ y.mT)).float()
-    k = k / k.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return -2 * torch.linalg.matrix_norm(k).log()
+    return -2 * torch.linalg.matrix_norm(_trace_one(k)).log()
+
+
+def _products(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Ready Gram matrices of the two views, rows as they are."""
+    x, y = halves(z)
+    return x @ x.mT, y @ y.mT
 
 
 class Quantity(NamedTuple):
@@ -187,6 +203,12 @@ QUANTITIES = {
         eager_joint2,
         lambda z: reference.joint_entropy(*halves(z), 2),
     ),
+    "ready1": Quantity(
+        "ready joint von Neumann",
+        lambda z, b: information.joint_entropy(*_products(z), 1, from_gram=True, backend=b),
+        lambda z: _von_neumann(_trace_one(math.prod(_products(z)))),
+        lambda z: reference.entropy_of_gram(math.prod(_products(z)), 1),
+    ),
     "von_neumann": Quantity(
         "von Neumann",
         lambda z, b: fast_matrix_entropy(z, 1, backend=b),
@@ -200,15 +222,19 @@ def measured(shape: Shape, quantity: str, device: str) -> bool:
     """Whether there is a row for it: n x n matrices of large n, and GPU time, are left out."""
     if quantity == "joint2":
         return device == "cpu" and shape.n <= 1024
+    if quantity == "ready1":
+        return device == "cpu" and shape.n <= 64
     return device == "cpu" or quantity != "renyi3"
 
 
 def least_work(shape: Shape, quantity: str, direction: str) -> tuple[float, float]:
     """Flops and bytes of the table at the head of this file."""
-    k, m = (shape.n, shape.d) if quantity == "joint2" else (shape.k, max(shape.n, shape.d))
+    k, m = shape.k, max(shape.n, shape.d)
+    if quantity in ("joint2", "ready1"):
+        k, m = shape.n, shape.d
     forward = {"coding_rate": k**3 / 3, "renyi2": k**2, "renyi3": k**3, "joint2": 3 * k**2}
-    forward["von_neumann"] = 4 * k**3 / 3
-    gradient = {"coding_rate": 2 * k**3 / 3, "von_neumann": 3 * k**3}
+    forward["von_neumann"] = forward["ready1"] = 4 * k**3 / 3
+    gradient = {"coding_rate": 2 * k**3 / 3, "von_neumann": 3 * k**3, "ready1": 3 * k**3}
     flops = k * (k + 1) * m + forward.get(quantity, 0)
     result = 4 * k * k * shape.batch if quantity == "gram" else 0
     size = shape.bytes + result
@@ -308,6 +334,8 @@ def implementations(
     found = {"fast": _plain(lambda z: q.fast(z, "auto")), "eager": _plain(q.eager)}
     if quantity == "coding_rate":
         found["cholesky_ex"] = _plain(cholesky_coding_rate)
+    if quantity == "von_neumann" and shape.batch == 1:
+        found["fast (rational)"] = _plain(lambda z: fast_matrix_entropy(z, method="rational"))
     if device != "cuda":
         return found
     if vendor and quantity == "von_neumann":

@@ -10,8 +10,13 @@ from those of m - 1 and m - 2, in logarithms, of which the differences shrink li
 """
 
 import argparse
+import functools
+from unittest import mock
 
 import numpy as np
+import torch
+
+from mmae_fast import fast_matrix_entropy, rational
 
 # Close enough to start: poles, and places of the extrema, for m = 2 and m = 3.
 SEEDS = (
@@ -104,12 +109,78 @@ def poles(most):
     return {m: (*unpacked(p), abs(p[-1])) for m, (p, _) in enumerate(found, 2)}
 
 
+# --------------------------------------------------------------------------------------------------
+# Errors
+
+SPECTRA = {
+    "flat": lambda i, k: torch.ones(k),
+    "Gaussian": lambda i, k: torch.linalg.eigvalsh(
+        torch.randn(2 * k, k, generator=torch.Generator().manual_seed(0)).T.cov().double()
+    ),
+    "1 / i": lambda i, k: 1 / i,
+    "1 / i²": lambda i, k: 1 / i**2,
+    "half zero": lambda i, k: (i <= k / 2).double(),
+    "99% in one": lambda i, k: torch.where(i == 1, 0.99, 0.01 / (k - 1)),
+}
+# Title, method, dtype of features and factors, poles.
+VARIANTS = (
+    ("eigen, float32", "eigen", torch.float32, 8),
+    ("8 poles, float32", "rational", torch.float32, 8),
+    ("8 poles, float64", "rational", torch.float64, 8),
+    ("16 poles, float64", "rational", torch.float64, 16),
+)
+
+
+@functools.cache
+def bases(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal columns, 2k x k and k x k."""
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(n, k, generator=generator, dtype=torch.float64) for n in (2 * k, k)]
+    return tuple(torch.linalg.qr(draw).Q for draw in draws)
+
+
+def spectrum_errors(lam: torch.Tensor, method: str, dtype, count: int) -> tuple[float, float]:
+    """Of the value, absolute, and of the gradient, relative in norm, for 2k x k features."""
+    left, right = bases(len(lam))
+    rho = lam.double() / lam.double().sum()
+    value = torch.special.entr(rho).sum()
+    slope = torch.where(rho > 0, -(rho.clamp(min=1e-300).log() + value), 0) * 2 * rho.sqrt()
+    z = ((left * rho.sqrt()) @ right.T).to(dtype).requires_grad_()
+    with mock.patch.dict(rational.COUNT, {dtype: count}):
+        h = fast_matrix_entropy(z, method=method, normalize=False)
+        (grad,) = torch.autograd.grad(h, z)
+    error = (grad.double() - (left * slope) @ right.T).norm()
+    # Of a flat spectrum the gradient is 0: relative to the size of its terms, then.
+    size = (2 * rho.sqrt() * rho.clamp(min=1e-300).log()).norm()
+    return abs(h.double() - value).item(), (error / size).item()
+
+
+def print_errors(orders=(64, 256, 1024)) -> None:
+    print("| k | eigenvalues | H | " + " | ".join(title for title, *_ in VARIANTS) + " |")
+    print("|---:|---|---:|" + "---:|" * len(VARIANTS))
+    for k in orders:
+        i = torch.arange(1, k + 1, dtype=torch.float64)
+        for name, spectrum in SPECTRA.items():
+            lam = spectrum(i, k)
+            rho = lam.double() / lam.double().sum()
+            cells = [spectrum_errors(lam, *variant) for _, *variant in VARIANTS]
+            entropy = torch.special.entr(rho).sum().item()
+            text = " | ".join(f"{value:.0e}, {grad:.0e}" for value, grad in cells)
+            print(f"| {k} | {name} | {entropy:.2f} | {text} |", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    description = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=description)
     parser.add_argument("--errors", action="store_true")
+    if parser.parse_args().errors:
+        print_errors()
+        return
     for m, (u, w, b, error) in poles(16).items():
         print(f"{m} poles: largest error {error:.3e}, smallest pole {u[0]:.2e}")
-        print(" ", [float(f"{x:.15g}") for x in u], [float(f"{x:.15g}") for x in w], b)
+        print("  shifts ", [float(f"{x:.15g}") for x in u])
+        print("  weights", [float(f"{x:.15g}") for x in w])
+        print(f"  slope    {b:.15g}")
 
 
 if __name__ == "__main__":

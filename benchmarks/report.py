@@ -101,6 +101,10 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def measured_quantities(rows: list[dict]) -> tuple[str, ...]:
+    return tuple(q for q in run.ORDER if any(row["quantity"] == q for row in rows))
+
+
 def speed_table(result: dict, name: str, quantities: tuple[str, ...]) -> str:
     rows = {(run.shape_of(r), r["quantity"], r["direction"]): r for r in result["cases"]}
     shapes = list(dict.fromkeys(shape for shape, _, _ in rows))
@@ -121,12 +125,12 @@ def table(result: dict) -> str:
     parts = [
         f"Speed-up over eager PyTorch, forward / forward + backward. {hardware(env)}; "
         f"{versions(env)}.",
-        speed_table(result, "eager", run.ORDER),
+        speed_table(result, "eager", measured_quantities(result["cases"])),
     ]
     for name in ("cholesky_ex", "torch.compile", "XsyevBatched"):
         some = [r for r in result["cases"] if name in r["implementations"]]
         if some:
-            quantities = tuple(q for q in run.ORDER if any(r["quantity"] == q for r in some))
+            quantities = measured_quantities(some)
             parts += [
                 f"Over `{name}`:",
                 speed_table({**result, "cases": some}, name, quantities),
@@ -169,7 +173,7 @@ def draw(result: dict, path: Path) -> None:
 
     rows = {(run.shape_of(r), r["quantity"], r["direction"]): r for r in result["cases"]}
     shapes = list(dict.fromkeys(shape for shape, _, _ in rows))
-    colours = ("#1b6ca8", "#e07a1f", "#3a9d5d", "#b5477d", "#8d6bb8", "#8c8c8c")
+    colours = ("#1b6ca8", "#e07a1f", "#3a9d5d", "#b5477d", "#8d6bb8", "#c9a227", "#8c8c8c")
     height = 0.8 / len(run.ORDER)
     figure, panels = plt.subplots(
         1, 2, figsize=(11, 1.6 + 0.85 * len(shapes)), sharey=True, layout="constrained"

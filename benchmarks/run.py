@@ -22,9 +22,17 @@ from .memory import MemoryProbe
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
-ORDER = ("von_neumann", "coding_rate", "renyi2", "renyi3", "joint2", "gram")  # of the columns
+ORDER = (
+    "von_neumann",
+    "coding_rate",
+    "renyi2",
+    "renyi3",
+    "joint2",
+    "ready1",
+    "gram",
+)  # of the columns
 # The most wanted first.
-SLOW_ORDER = ("coding_rate", "renyi2", "gram", "von_neumann", "renyi3", "joint2")
+SLOW_ORDER = ("coding_rate", "renyi2", "gram", "von_neumann", "renyi3", "joint2", "ready1")
 
 
 def shapes_for(device: str, quick: bool) -> tuple[cases.Shape, ...]:

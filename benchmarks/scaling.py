@@ -40,6 +40,7 @@ class Rates:
     network: float = 45e9  # the same, across nodes
     latency: float = 20e-6  # seconds, of a collective, per doubling of the ranks
     message: float = 30e-6  # seconds, of one small message between two hosts
+    received: float = 3e-6  # seconds, of one of many that come in at once
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def cost(gpus: int, d: int, quantity: str, rates: Rates, own: int = ROWS_PER_GPU
         communication=moved / bandwidth + math.ceil(math.log2(gpus)) * rates.latency,
         products=max(products / rates.product, traffic / rates.memory),
         factor=factor / (rate * k / 1000),
-        host=(gpus - 1) * rates.message,
+        host=(gpus - 1) * rates.received + (1 + math.ceil(math.log2(gpus))) * rates.message,
     )
 
 

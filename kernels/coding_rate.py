@@ -33,7 +33,7 @@ from . import configs
 from .tiles import gram_step, kept_rows, power_below
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "depth", "c"])
 def _coding_rate_kernel(
     z,  # (batch, n, d)
     scale,  # (batch, n)

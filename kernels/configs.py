@@ -47,7 +47,7 @@ PRODUCT = {
     (90, "float32"): Config(128, 32, 8, 2),
     (100, "float32"): Config(128, 32, 8, 2),
     (80, "wide"): Config(128, 32, 8, 3),
-    (90, "wide"): Config(128, 32, 8, 3),
+    (90, "wide"): Config(128, 32, 8, 2),
     (100, "wide"): Config(128, 32, 8, 3),
 }
 # Below this order a triangle of 128 x 128 tiles is mostly corners.

@@ -69,7 +69,8 @@ def _finish(
             tl.store(corner + (down * order + across), tl.trans(acc), mask=mirrored)
 
 
-@triton.jit
+# Sizes that no address depends on: else one that is 1 or a multiple of 16 is a compilation more.
+@triton.jit(do_not_specialize=["n", "depth", "batches", "side"])
 def _gram_kernel(
     z,  # (batch, n, d)
     scale,  # (batch, n)
@@ -139,7 +140,7 @@ def _gram_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "side", "splits"])
 def _reduce_kernel(
     partial,  # (splits, batch, tiles, BLOCK, BLOCK)
     scale,  # (batch, n), read if UNIT

@@ -24,7 +24,7 @@ from .tiles import dot, grouped_tile, kept_rows, narrow, power_below, raw_tile, 
 SCRATCH_BYTES = 32 << 20
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def _product_kernel(
     z,  # (batch, n, d)
     scale,  # (batch, n), rows stride_s apart, read on the features side
@@ -98,7 +98,7 @@ def _product_kernel(
     tl.store(out + at, narrow(acc, out.dtype.element_ty, ""), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tiles"])
 def _project_kernel(
     z,  # (batch, n, d)
     scale,  # (batch, n), rows stride_s apart

@@ -18,7 +18,7 @@ from .tiles import inverse_power, kept_rows, raw_tile, round_tf32, row_tile
 CHUNK_ROWS = 256  # rows that one block of the mean kernel sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _row_scale_kernel(
     z,  # (batch, n, d)
     mask,  # (batch, n) bool, read if HAS_MASK
@@ -61,7 +61,7 @@ def _row_scale_kernel(
     tl.store(scale + batch * n + rows, tl.where(empty, 0.0, s) + poison, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "chunks"])
 def _mean_kernel(
     z,  # (batch, n, d)
     scale,  # (batch, n)
@@ -83,7 +83,7 @@ def _mean_kernel(
     tl.store(sums + at, total, mask=columns < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _dots_kernel(
     z,  # (batch, n, d)
     scale,  # (batch, n)

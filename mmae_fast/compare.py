@@ -27,6 +27,8 @@ MEASURED = {
     "knn_cls.json": "knn",
     "finetune.json": "finetune",
 }
+# Settings in which runs may differ and be the same but for the seed.
+SAME = {*PLACE, "seed", "data.cache", "log_every", "monitor_every", "save_every", "max_skipped"}
 # Settings that the page shows, and their names there.
 SETTINGS = {
     "data.train": "data",
@@ -89,8 +91,7 @@ def read(folder: Path) -> Run:
 def group(runs: list[Run]) -> list[str]:
     """Group of each run: its method, or "name, setting=value" where settings of it differ."""
     flat = [
-        {k: v for k, v in flatten(run.content["config"]).items() if k not in (*PLACE, "seed")}
-        for run in runs
+        {k: v for k, v in flatten(run.content["config"]).items() if k not in SAME} for run in runs
     ]
     groups = []
     for run, settings in zip(runs, flat, strict=True):

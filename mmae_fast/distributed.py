@@ -215,14 +215,17 @@ def _describe(x, dim: int | None, n: int) -> str:
 def _agree(group: dist.ProcessGroup, description: str, n: int) -> list[int]:
     """The number of rows of every rank; or, where descriptions differ, one error on all of them.
 
-    One all-gather of 16 bytes a rank, on the host: no GPU waits or is waited for. It is made at
-    every call, because a rank that skipped it for a known shape would leave the others waiting.
+    An exchange of 16 bytes a rank, on the host: no GPU waits or is waited for. It is made at every
+    call, because a rank that skipped it for a known shape would leave the others waiting.
     """
     digest = hashlib.blake2b(description.encode(), digest_size=8).digest()
     mine = torch.tensor([n, int.from_bytes(digest, "little", signed=True)], device="cpu")
     control = _control_group(group)
     everyone = mine.new_empty(dist.get_world_size(group), 2)
-    dist.all_gather(list(everyone.unbind()), mine, group=control)
+    # To one and back to all: gloo's all-gather is a ring, of as many messages in a row as ranks.
+    first = dist.get_rank(control) == 0
+    dist.gather(mine, list(everyone.unbind()) if first else None, group=control, group_dst=0)
+    dist.broadcast(everyone, group=control, group_src=0)
     sizes, digests = everyone.T.tolist()
     if len(set(digests)) == 1:
         return sizes
@@ -292,7 +295,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shards):
         ctx.factor = shards.factor
-        total = x.contiguous().clone()
+        total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=shards.group)
         return total
 
@@ -303,13 +306,12 @@ class _AllReduce(torch.autograd.Function):
 
 def _gather(x: Tensor, dim: int, shards: Shards) -> Tensor:
     """As bytes, which every backend takes of every dtype, and padded to the longest shard."""
-    x = x.movedim(dim, 0).contiguous()
+    x = x.movedim(dim, 0)
     longest, ranks = max(shards.sizes), len(shards.sizes)
     if not longest or not math.prod(x.shape[1:]):  # so on all ranks, or on none
         return x.new_empty(shards.rows, *x.shape[1:]).movedim(0, dim)
-    own = x
-    if x.shape[0] < longest:
-        own = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])])
+    own = x.new_zeros(longest, *x.shape[1:])
+    own[: x.shape[0]] = x
     parts = x.new_empty(ranks, *own.shape)
     received = parts.view(ranks, -1).view(torch.uint8)
     dist.all_gather(list(received.unbind()), own.view(-1).view(torch.uint8), group=shards.group)

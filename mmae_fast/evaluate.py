@@ -102,8 +102,13 @@ def open_run(config: EvalConfig | FinetuneConfig | VisualizeConfig) -> OpenRun:
     model, meta = open_model(config.checkpoint, device, config.published)
     data = from_dict(DataConfig, meta["config"]["data"])
     if config.train is not None:
-        size = None if config.train in BUILT_IN else tuple(meta["data"]["img_size"])
-        data = dataclasses.replace(data, train=config.train, test=None, img_size=size)
+        # Decoded as the model takes them; built-in sets are what they are.
+        size, channels = tuple(meta["data"]["img_size"]), meta["data"]["in_chans"]
+        if config.train in BUILT_IN:
+            size = channels = None
+        data = dataclasses.replace(
+            data, train=config.train, test=None, img_size=size, in_chans=channels
+        )
     elif "published" in meta:
         raise UserError(f"say which images {config.checkpoint} is to be run on: --train")
     changes = {"test": config.test, "img_size": config.img_size}

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import factor
+
 # Numbers that the shifted matrices of several poles may have together: below, one call serves them.
 TOGETHER = 1 << 20
 
@@ -107,8 +109,9 @@ def von_neumann_of_gram(
 ) -> tuple[Tensor, Tensor | None]:
     """H_1 of ``G / tr G``, ``(..., k, k)`` to ``(...)``, and ``V = dH/dG``.
 
-    NaN where G has NaN or Inf. Work memory: 4 k² numbers (5 with V), or TOGETHER if that is more;
-    one k² less if ``overwrite`` lets B take the place of G.
+    NaN where G has NaN or Inf. Besides G it takes k² numbers for B (none if ``overwrite`` lets B
+    have the place of G), k² for V, and 2k² for the shifted inverses and their products with B, or
+    2 TOGETHER if that is more.
     """
     poles = POLES[COUNT[g.dtype]]
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -128,6 +131,7 @@ def von_neumann_of_gram(
             total += w * torch.linalg.vecdot(b, inverse).double().sum(-1)
             if s is not None:
                 _add_square(s, inverse, w * u)
+        del x, inverse  # before the next are made
     h = scale.double() * total + poles.slope - scale.double().log()
     h = torch.where(empty, 0, h.to(g.dtype))
     if s is None:
@@ -139,18 +143,15 @@ def von_neumann_of_gram(
 
 def _shifted_inverses(b: Tensor, shifts: tuple[float, ...]) -> Tensor:
     """``(B + u I)⁻¹`` for every u, stacked in front; NaN where B + u I has no Cholesky factor."""
-    a = b.expand(len(shifts), *b.shape).clone()
+    a = b.expand(len(shifts), *b.shape).clone(memory_format=torch.contiguous_format)
     u = torch.tensor(shifts, dtype=b.dtype, device=b.device)
     a.diagonal(dim1=-2, dim2=-1).add_(u.reshape(-1, *[1] * (b.dim() - 1)))
-    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
-    torch.linalg.cholesky_ex(a, out=(a, info))
-    a.masked_fill_((info != 0)[..., None, None], torch.nan)  # which no solver rejects
-    return torch.cholesky_inverse(a, out=a)
+    return factor.inverse(factor.factorise(a)[0])
 
 
-def _add_square(s: Tensor, x: Tensor, factor: float) -> None:
-    """s += factor x²."""
+def _add_square(s: Tensor, x: Tensor, weight: float) -> None:
+    """s += weight x²."""
     if s.dim() == 2:
-        s.addmm_(x, x, alpha=factor)
+        s.addmm_(x, x, alpha=weight)
     else:
-        s.flatten(0, -3).baddbmm_(x.flatten(0, -3), x.flatten(0, -3), alpha=factor)
+        s.flatten(0, -3).baddbmm_(x.flatten(0, -3), x.flatten(0, -3), alpha=weight)

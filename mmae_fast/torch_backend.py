@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import rational, reference
+from . import factor, rational, reference
 from .rows import Rows, numbers, pieces, prepare
 
 # c · lambda_max · eps (lambda_max at most the trace) above which the rounding of a float32 Gram
@@ -90,16 +90,10 @@ def coding_rate_of_gram(
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
     a = g.mul_(scale) if overwrite else g * scale
     a.diagonal(dim1=-2, dim2=-1).add_(1)
-    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
-    torch.linalg.cholesky_ex(a, out=(a, info))
-    value = 2 * a.diagonal(dim1=-2, dim2=-1).double().log().sum(-1)
-    failed = (info != 0) | ~torch.isfinite(trace)
-    value = torch.where(failed, math.nan, value).to(a.dtype)
-    if not need_weight:
-        return value, None
-    # In the place of a broken factor NaN, which no solver rejects.
-    a.masked_fill_(failed[..., None, None], math.nan)
-    return value, torch.cholesky_inverse(a, out=a).mul_(scale)
+    lower, failed = factor.factorise(a)
+    value = 2 * lower.diagonal(dim1=-2, dim2=-1).double().log().sum(-1)
+    value = torch.where(failed | ~torch.isfinite(trace), math.nan, value).to(a.dtype)
+    return value, factor.inverse(lower).mul_(scale) if need_weight else None
 
 
 def entropy_of_spectrum(lam: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

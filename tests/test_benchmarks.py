@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import cases, gpu, measure, memory, report, run, vendor
+from benchmarks import cases, gpu, measure, memory, report, run, symmetric, vendor
 
 ROOT = Path(__file__).parent.parent
 SHAPE = cases.Shape(3, 5, 7)
@@ -318,3 +318,20 @@ def test_vendor_baseline():
     lam = torch.linalg.eigvalsh(rho)
     expected = torch.autograd.grad(-torch.special.xlogy(lam, lam).sum(), rho)[0]
     torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_symmetric_products_run(tmp_path, capsys):
+    assert symmetric.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    result = json.loads(next(tmp_path.glob("*.json")).read_text())
+    found = {(row["k"], row["implementation"]) for row in result["gram"]}
+    assert found == {(k, i) for k in (24, 40) for i in ("product", "cpu")}
+    assert all(row["median_s"] > 0 and row["of_product_rate"] > 0 for row in result["gram"])
+    assert {row["regulariser"] for row in result["step"]} >= {"none", "tcr, cpu"}
+    assert "of the product's rate" in capsys.readouterr().out
+
+
+def test_symmetric_products_need_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert symmetric.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err

@@ -216,7 +216,8 @@ def count_on_rank(group, rank, z, sizes):
     """Bytes that this rank puts into collectives: forward pass of a value, then backward."""
     (own,), _ = own_rows(rank, [z], {}, sizes)
     own.requires_grad_()
-    sent = {"all_reduce": 0, "all_gather": 0}
+    positions = {"all_reduce": 0, "all_gather": 1, "gather": 0, "broadcast": 0}
+    sent = dict.fromkeys(positions, 0)
 
     def counted(name, position):
         original = getattr(dist, name)
@@ -229,17 +230,20 @@ def count_on_rank(group, rank, z, sizes):
         return collective
 
     originals = {name: getattr(dist, name) for name in sent}
-    dist.all_reduce, dist.all_gather = counted("all_reduce", 0), counted("all_gather", 1)
+    for name, position in positions.items():
+        setattr(dist, name, counted(name, position))
     try:
         value = fast_coding_rate(own, 1.0, process_group=group)
         forward = dict(sent)
         value.sum().backward()
     finally:
-        dist.all_reduce, dist.all_gather = originals["all_reduce"], originals["all_gather"]
+        for name, original in originals.items():
+            setattr(dist, name, original)
     return forward, {name: sent[name] - forward[name] for name in sent}
 
 
-AGREEMENT = 16  # bytes a rank
+AGREEMENT = {"gather": 16, "broadcast": 32}  # bytes, of two ranks
+SILENCE = dict.fromkeys(("all_reduce", "all_gather", *AGREEMENT), 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -247,12 +251,12 @@ def test_route(ranks, dtype):
     """N = 4d gathers rows in their own dtype, one row more reduces the float32 Gram matrix."""
     d = 6
     for n, forward in [
-        (4 * d, {"all_reduce": 0, "all_gather": AGREEMENT + 2 * d * d * dtype.itemsize}),
-        (4 * d + 1, {"all_reduce": 4 * d * d, "all_gather": AGREEMENT}),
+        (4 * d, {"all_gather": 2 * d * d * dtype.itemsize}),
+        (4 * d + 1, {"all_reduce": 4 * d * d}),
     ]:
         z = features("gaussian", n, d, dtype=dtype)
         for sent in ranks(count_on_rank, 2, z, [2 * d, n - 2 * d]):
-            assert sent == (forward, {"all_reduce": 0, "all_gather": 0})
+            assert sent == (SILENCE | AGREEMENT | forward, SILENCE)
 
 
 def routes_on_rank(group, rank, center, z, sizes):
@@ -278,6 +282,24 @@ def test_routes_agree_on_hard_features(ranks, kind, center):
         torch.testing.assert_close(value, expected_value, rtol=1e-9, atol=0)
         largest = expected_grad.abs().max() if expected_grad.numel() else 1
         assert_close(grad, expected_grad, 1e-6, largest, kind)
+
+
+def strided_on_rank(group, rank, z, sizes):
+    (own,), _ = own_rows(rank, [z], {}, sizes)
+    wide = torch.stack([own, own], -1).flatten(-2)
+    results = []
+    for x in (own, own.mT.contiguous().mT, wide[..., ::2]):
+        results.append(value_and_grads(partial(fast_gram, process_group=group), [x], {}))
+    return results
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 5, 1), (2, 5, 4), (2, 20, 4)], ids=str)
+def test_any_strides(ranks, shape):
+    """A single number may have any stride and be contiguous."""
+    z = features("gaussian", *shape, dtype=torch.float64)
+    for first, *others in ranks(strided_on_rank, 2, z, [1, shape[-2] - 1]):
+        for other in others:
+            torch.testing.assert_close(other, first)
 
 
 def empty_on_rank(group, rank, shape):
@@ -542,6 +564,33 @@ def test_without_init_process_group():
 def test_grad_scale_is_checked_without_a_group():
     with pytest.raises(ValueError, match=r"grad_scale must be one of .*, got 'avg'"):
         fast_matrix_entropy(Z, grad_scale="avg")
+
+
+NCCL = pytest.param(
+    "nccl",
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), NCCL])
+@pytest.mark.parametrize("shape", [REDUCED, GATHERED], ids=["reduced", "gathered"])
+def test_backend_of_the_group(backend, device, shape):
+    """All that NCCL can be asked on one GPU: a group of one rank, through every collective."""
+    store = dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        z = features("gaussian", *shape, dtype=torch.float64).to(device)
+        for center in (False, True):
+            function = partial(fast_matrix_entropy, center=center, normalize=False)
+            one = value_and_grads(function, [z], {})
+            shared = value_and_grads(partial(function, process_group=dist.group.WORLD), [z], {})
+            torch.testing.assert_close(shared, one, rtol=1e-9, atol=1e-12)
+    finally:
+        dist.destroy_process_group()
 
 
 def control_on_rank(group, rank):

@@ -101,11 +101,11 @@ def test_lars_probe_separates_what_is_separable():
 
 
 def test_lars_probe_is_a_function_of_the_seed():
-    features = blobs(1.0)
+    features = blobs(2.0)
     first, again = (lars_probe(features, lars_config(), 20.0) for _ in range(2))
     assert first == again
-    order = [lars_probe(features, lars_config(seed=seed), 5.0)[0] for seed in range(6)]
-    assert len(set(order)) > 1
+    others = {lars_probe(features, lars_config(seed=seed), 20.0)[0] for seed in range(6)}
+    assert len(others) > 1
 
 
 def test_lars_probe_says_when_it_cannot_have_learned():

@@ -1,6 +1,7 @@
 """Fine-tuning: groups and schedule as published, learning, and resuming bit for bit."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -25,8 +26,8 @@ from mmae_fast.classifier import (
 )
 from mmae_fast.config import DataConfig, ModelConfig, PretrainConfig, UserError, to_dict
 from mmae_fast.data import load_data
-from mmae_fast.eval_config import FINETUNE_RECIPES, ExportConfig, FinetuneConfig
-from mmae_fast.evaluate import open_run
+from mmae_fast.eval_config import FINETUNE_RECIPES, ExportConfig, FinetuneConfig, ProbeConfig
+from mmae_fast.evaluate import open_run, probe
 from mmae_fast.export import encoder_options, export
 from mmae_fast.finetune import finetune
 from mmae_fast.launch import World
@@ -253,6 +254,22 @@ def test_resume_is_bitwise(encoder, tmp_path, changes, stop_after):
         assert first == second
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(encoder, tmp_path):
+    """Every part of the published recipe, stopped and resumed; the LARS probe beside it."""
+    on_gpu = dict(device="cuda", precision="bf16", rand_augment=9, ema=0.9)
+    config = tiny(encoder, tmp_path / "gpu", **FULL | on_gpu)
+    with pytest.raises(Interrupted):
+        finetune(config, Task(7))
+    finetune(dataclasses.replace(config, resume=True), Task())
+    records = read_metrics(config.out / "metrics.jsonl")
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert all(0 < record["loss"] < 2.4 for record in records)  # log 10 is 2.303
+    lars = ProbeConfig(encoder, protocol="lars", augment=True, epochs=12, device="cuda")
+    assert 0 <= probe(lars)[0] <= 1
+
+
 def test_another_seed_is_another_run(encoder, tmp_path):
     short = dict(epochs=1, warmup_epochs=0)
     finetune(tiny(encoder, tmp_path / "a", **short), Task())
@@ -343,6 +360,26 @@ def test_a_folder_in_use_and_other_settings(encoder, tmp_path):
         finetune(config, Task())
     with pytest.raises(UserError, match="cannot be resumed with other settings: base_lr"):
         finetune(dataclasses.replace(config, resume=True, base_lr=1.0), Task())
+
+
+def test_photos_for_a_model_of_small_grey_images(encoder, tmp_path):
+    """They are decoded as the model takes them, unless another size is asked for."""
+    from torchvision.io import write_png
+
+    for split, label in itertools.product(("train", "val"), ("a", "b")):
+        (tmp_path / split / label).mkdir(parents=True)
+        for i in range(3):
+            pixels = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+            write_png(pixels, str(tmp_path / split / label / f"{i}.png"))
+    config = FinetuneConfig(encoder, str(tmp_path), device="cpu")
+    run = open_run(config)
+    assert run.train.images.shape == (6, 1, 8, 8)
+    assert run.model.patch_embed.grid_size == (4, 4)
+    run = open_run(dataclasses.replace(config, img_size=(8, 12)))
+    assert run.test.images.shape == (6, 1, 8, 12)
+    assert run.model.patch_embed.grid_size == (4, 6)
+    with pytest.raises(UserError, match="patch_size must divide the image size, got 2 for 9x9"):
+        open_run(dataclasses.replace(config, img_size=9))
 
 
 def test_only_vision_transformers(tmp_path):

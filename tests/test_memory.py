@@ -30,11 +30,9 @@ QUANTITIES = {
     "eigen": lambda z, **o: fast_matrix_entropy(z, 1, **o),
     "rational": lambda z, **o: fast_matrix_entropy(z, 1, method="rational", **o),
 }
-# Matrices of k x k that a call may need. Compiled: G, V in its place, the weight, and pieces
-# of z; powers take three more. PyTorch: one place for G, its factor, V and the weight, a copy for
-# the factorisation; for syevd G, the eigenvectors and its workspace of 2k² + 6k + 1.
+# Matrices of k x k that a call may need; docs/algorithms.md says which they are.
 CPU = {"coding rate": 3, "alpha = 2": 3, "alpha = 3": 5}
-PYTORCH = {"coding rate": 3, "alpha = 2": 3, "eigen": 4.1, "rational": 5.1}
+PYTORCH = {"coding rate": 3, "alpha = 2": 3, "eigen": 4.1, "rational": 4.1}
 
 
 def rows(n):

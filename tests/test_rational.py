@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmae_fast import fast_matrix_entropy, rational, reference
+from mmae_fast import factor, fast_matrix_entropy, rational, reference
 
 from .accuracy import BACKENDS, features, floors
 from .accuracy import entropy as exact
@@ -153,6 +153,25 @@ def test_collapsed_float32_has_its_factors(n):
     z = torch.ones(n, 1200) * torch.linspace(1, 2, 1200)
     value, grad = value_and_gradient(entropy, z)
     assert value.abs() < 1e-3 and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inverse_without_error_codes(dtype):
+    """How it is computed where looking at error codes would synchronise."""
+    x = features("gaussian", 3, 20, 50, dtype=dtype)
+    a = x @ x.mT
+    a[1] = -a[1]
+    place = a.clone()
+    lower, failed = factor.factorise(place)
+    assert failed.tolist() == [False, True, False] and lower.data_ptr() == place.data_ptr()
+    found = factor._inverse_by_products(lower.clone(memory_format=torch.preserve_format))
+    expected = factor.inverse(lower)
+    assert expected.data_ptr() == place.data_ptr()
+    assert found[1].isnan().all() and expected[1].isnan().all()
+    eps = torch.finfo(dtype).eps
+    for inverse in (found, expected):
+        product = (inverse.double() @ a.double())[::2]
+        assert (product - torch.eye(20)).abs().max() < 100 * eps
 
 
 def test_batches_are_served_together_and_alone(monkeypatch):

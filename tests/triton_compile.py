@@ -118,7 +118,8 @@ def compile_case(case: Case, arch: int) -> dict:
             continue
         types = {"z": TYPES[case.dtype], "out": TYPES[case.out], "mask": "*i1", "c": "fp32"}
         signature[name] = types.get(name, "*fp32" if name in POINTERS else "i32")
-        if signature[name].startswith("*") or name in ALIGNED:
+        free = case.kernel.params[at].do_not_specialize
+        if signature[name].startswith("*") or (name in ALIGNED and not free):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constants, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
