@@ -9,7 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -49,15 +49,19 @@ class Watch:
         self._seconds: list[float] = []
 
     def features(self) -> dict[str, float]:
-        with torch.compiler.set_stance("force_eager"):
+        with self._eagerly():
             return feature_metrics(self.model, self.held_out)
 
     def information(self) -> dict[str, float]:
         began = time.perf_counter()
-        with torch.compiler.set_stance("force_eager"):
+        with self._eagerly():
             metrics = view_metrics(self.model, self.views)
         self._seconds.append(time.perf_counter() - began)
         return metrics
+
+    def _eagerly(self) -> AbstractContextManager[None]:
+        """Other shapes than those of training are not worth compiling for."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def information_share(self, step_seconds: float) -> float:
         """Part of the training time that ``information`` costs."""
@@ -69,7 +73,7 @@ class Watch:
         from mmae_fast.evaluate import reconstructions
         from mmae_fast.report import save_reconstructions
 
-        with torch.compiler.set_stance("force_eager"):
+        with self._eagerly():
             original, masked, restored = reconstructions(
                 self.model, self.pictured, self.mean, self.std
             )
