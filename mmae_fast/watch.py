@@ -27,6 +27,7 @@ from mmae_fast.models import MaskedAutoencoder, TwoBranch
 HELD_OUT = 512  # test images whose features the entropy curves describe
 MONITORED = 256  # test images whose two views the information curves describe
 PICTURED = 10  # test images that are reconstructed
+AT_A_TIME = 128  # images: to look on should not take more memory than to train
 
 
 class Watch:
@@ -45,12 +46,13 @@ class Watch:
         self.pictured = images[:PICTURED]
         rng = generator(mean.device, config.seed, VIEWS)
         self.views = two_views(images[:MONITORED], mean, std, rng, config)
-        self.held_out = normalise(images, mean, std)
+        self.held_out = images
         self._seconds: list[float] = []
 
     def features(self) -> dict[str, float]:
         with self._eagerly():
-            return feature_metrics(self.model, self.held_out)
+            images = normalise(self.held_out, self.mean, self.std)
+            return feature_metrics(self.model, images)
 
     def information(self) -> dict[str, float]:
         began = time.perf_counter()
@@ -90,7 +92,7 @@ def feature_metrics(model: MaskedAutoencoder | TwoBranch, images: Tensor) -> dic
     matrix that the regulariser sees, here without masks.
     """
     model.eval()
-    entropy = fast_matrix_entropy(model.forward_features(images)).item()
+    entropy = fast_matrix_entropy(_features(model, images)).item()
     model.train()
     return {"matrix_entropy": entropy, "effective_rank": math.exp(entropy)}
 
@@ -105,7 +107,7 @@ def view_metrics(
     is a projector. In evaluation mode: BatchNorm with its running statistics.
     """
     model.eval()
-    features = {"backbone": [model.forward_features(view) for view in views]}
+    features = {"backbone": [_features(model, view) for view in views]}
     if isinstance(model, TwoBranch):
         features["projector"] = [model.projector(h) for h in features["backbone"]]
     model.train()
@@ -114,6 +116,10 @@ def view_metrics(
         for part, (z1, z2) in features.items()
         for name, value in shared_information(z1, z2).items()
     }
+
+
+def _features(model: MaskedAutoencoder | TwoBranch, images: Tensor) -> Tensor:
+    return torch.cat([model.forward_features(part) for part in images.split(AT_A_TIME)])
 
 
 def progress_note(record: dict[str, float]) -> str:
