@@ -9,7 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from mmae_fast.models import MaskedAutoencoder, TwoBranch
 HELD_OUT = 512  # test images whose features the entropy curves describe
 MONITORED = 256  # test images whose two views the information curves describe
 PICTURED = 10  # test images that are reconstructed
+AT_A_TIME = 128  # images: to look on should not take more memory than to train
 
 
 class Watch:
@@ -45,19 +46,24 @@ class Watch:
         self.pictured = images[:PICTURED]
         rng = generator(mean.device, config.seed, VIEWS)
         self.views = two_views(images[:MONITORED], mean, std, rng, config)
-        self.held_out = normalise(images, mean, std)
+        self.held_out = images
         self._seconds: list[float] = []
 
     def features(self) -> dict[str, float]:
-        with torch.compiler.set_stance("force_eager"):
-            return feature_metrics(self.model, self.held_out)
+        with self._eagerly():
+            images = normalise(self.held_out, self.mean, self.std)
+            return feature_metrics(self.model, images)
 
     def information(self) -> dict[str, float]:
         began = time.perf_counter()
-        with torch.compiler.set_stance("force_eager"):
+        with self._eagerly():
             metrics = view_metrics(self.model, self.views)
         self._seconds.append(time.perf_counter() - began)
         return metrics
+
+    def _eagerly(self) -> AbstractContextManager[None]:
+        """Other shapes than those of training are not worth compiling for."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def information_share(self, step_seconds: float) -> float:
         """Part of the training time that ``information`` costs."""
@@ -69,7 +75,7 @@ class Watch:
         from mmae_fast.evaluate import reconstructions
         from mmae_fast.report import save_reconstructions
 
-        with torch.compiler.set_stance("force_eager"):
+        with self._eagerly():
             original, masked, restored = reconstructions(
                 self.model, self.pictured, self.mean, self.std
             )
@@ -86,7 +92,7 @@ def feature_metrics(model: MaskedAutoencoder | TwoBranch, images: Tensor) -> dic
     matrix that the regulariser sees, here without masks.
     """
     model.eval()
-    entropy = fast_matrix_entropy(model.forward_features(images)).item()
+    entropy = fast_matrix_entropy(_features(model, images)).item()
     model.train()
     return {"matrix_entropy": entropy, "effective_rank": math.exp(entropy)}
 
@@ -101,7 +107,7 @@ def view_metrics(
     is a projector. In evaluation mode: BatchNorm with its running statistics.
     """
     model.eval()
-    features = {"backbone": [model.forward_features(view) for view in views]}
+    features = {"backbone": [_features(model, view) for view in views]}
     if isinstance(model, TwoBranch):
         features["projector"] = [model.projector(h) for h in features["backbone"]]
     model.train()
@@ -110,6 +116,10 @@ def view_metrics(
         for part, (z1, z2) in features.items()
         for name, value in shared_information(z1, z2).items()
     }
+
+
+def _features(model: MaskedAutoencoder | TwoBranch, images: Tensor) -> Tensor:
+    return torch.cat([model.forward_features(part) for part in images.split(AT_A_TIME)])
 
 
 def progress_note(record: dict[str, float]) -> str:

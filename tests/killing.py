@@ -1,9 +1,9 @@
 """Trains in forked processes that are killed (SIGKILL) at random moments and resumed.
 
-    python tests/killing.py FOLDER KILLS STEPS SEED
+    python tests/killing.py FOLDER KILLS STEPS SEED RANKS
 
 leaves two runs in FOLDER, ``whole`` and ``killed``, that should be the same, and prints how many
-processes were killed. Started as a program of its own: the processes are forked before PyTorch has
+trainings were killed. Started as a program of its own: the processes are forked before PyTorch has
 started any thread.
 """
 
@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+from together import start, wait
 
 from mmae_fast.checkpoint import latest_checkpoint
 from mmae_fast.config import ModelConfig, PretrainConfig
 from mmae_fast.data import ImageData
-from mmae_fast.train import pretrain
 
 MODEL = ModelConfig(
     patch_size=4,
@@ -40,38 +40,17 @@ def images():
     return ImageData(pixels, None, (), "made up")
 
 
-class Silent:
-    def start(self, total, done=0):
-        pass
-
-    def advance(self, units=1):
-        pass
-
-    def say(self, note):
-        pass
-
-
-def start(config):
-    """Process id of a child that trains."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        pretrain(config, (images(), None), Silent())
-        status = 0
-    finally:
-        os._exit(status)
+def kill(children, rng):
+    """One at a random moment, the others a moment later, as torchrun would."""
+    rng.shuffle(children)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        time.sleep(rng.uniform(0, 0.02))
+    if wait(children)[0] != -signal.SIGKILL:
+        raise SystemExit("the training ended before it could be killed: more steps")
 
 
-def finished(child, wait=False):
-    pid, status = os.waitpid(child, 0 if wait else os.WNOHANG)
-    if pid and os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"a training failed: {os.waitstatus_to_exitcode(status)}")
-    return pid != 0
-
-
-def main(folder, kills, steps, seed):
+def main(folder, kills, steps, seed, ranks):
     config = PretrainConfig(
         model=MODEL,
         out=folder / "whole",
@@ -85,29 +64,31 @@ def main(folder, kills, steps, seed):
         monitor_every=0,
         device="cpu",
     )
-    finished(start(config), wait=True)
+    if any(wait(start(config, images(), ranks))):
+        raise SystemExit("the training failed")
     config = dataclasses.replace(config, out=folder / "killed")
-    rng, done = random.Random(seed), 0
-    while done < kills:
-        before = latest_checkpoint(config.out)
+    rng = random.Random(seed)
+
+    def begin():
         resume = (config.out / "config.json").exists()
-        child = start(dataclasses.replace(config, resume=resume))
+        return start(dataclasses.replace(config, resume=resume), images(), ranks)
+
+    for _ in range(kills):
+        before = latest_checkpoint(config.out)
+        children = begin()
         # Mostly after some progress, sometimes while it starts.
         progress = rng.random() < 0.8
-        while progress and latest_checkpoint(config.out) == before and not finished(child):
+        deadline = time.monotonic() + 60
+        while progress and latest_checkpoint(config.out) == before:
+            if time.monotonic() > deadline:
+                kill(children, rng)
+                raise SystemExit("a training made no progress")
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
-        try:
-            os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            raise SystemExit("the training ended before it could be killed: more steps") from None
-        _, status = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-            raise SystemExit(f"a training ended by itself: {os.waitstatus_to_exitcode(status)}")
-        done += 1
-    resume = (config.out / "config.json").exists()
-    finished(start(dataclasses.replace(config, resume=resume)), wait=True)
-    print(done, "killed")
+        kill(children, rng)
+    if any(wait(begin())):
+        raise SystemExit("the training failed")
+    print(kills, "killed")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -295,15 +296,30 @@ class FillsTheDisk:
 # --- Killed and resumed --------------------------------------------------------------------------
 
 
-def kill_and_compare(folder, kills, steps, seed):
-    command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(folder)]
-    command += [str(number) for number in (kills, steps, seed)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60 + 60 * kills
+def run_group(command, environment, timeout):
+    """Exit status and output of a program that forks; none of its processes outlives it."""
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"{kills} killed\n")
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
+
+
+def kill_and_compare(folder, kills, steps, seed, ranks=1):
+    command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(folder)]
+    command += [str(number) for number in (kills, steps, seed, ranks)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    status, said = run_group(command, environment, timeout=60 + 60 * kills)
+    assert status == 0 and said.endswith(f"{kills} killed\n"), said
     whole, killed = folder / "whole", folder / "killed"
     assert [c.name for c in checkpoints(whole)] == [c.name for c in checkpoints(killed)]
     assert not list(killed.glob("checkpoints/*.partial"))
@@ -330,6 +346,12 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path):
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path):
     kill_and_compare(tmp_path, kills=20, steps=1200, seed=1)
+
+
+@pytest.mark.slow
+def test_two_processes_killed(tmp_path):
+    """Sums of two numbers do not depend on their order, so that this too is bitwise."""
+    kill_and_compare(tmp_path, kills=5, steps=600, seed=2, ranks=2)
 
 
 def test_manifest_lists_what_is_there(run):

@@ -16,6 +16,8 @@ from mmae_fast.checkpoint import damage, latest_checkpoint
 from mmae_fast.runs import read_config, read_metrics
 from mmae_fast.train import Interrupted, pretrain
 
+from .test_checkpoint import run_group
+
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 WAYS = {
@@ -50,8 +52,7 @@ def together(folder, ways):
     """What the trainings said."""
     runs = [way | {"out": str(folder / name)} for name, way in ways.items()]
     command = [sys.executable, str(ROOT / "tests" / "together.py"), json.dumps(runs)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    return done.stdout + done.stderr
+    return run_group(command, ENVIRONMENT, timeout=300)[1]
 
 
 @pytest.fixture(scope="module")

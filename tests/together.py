@@ -61,7 +61,8 @@ def images():
     return ImageData(pixels, None, (), "made up")
 
 
-def run(config, ranks):
+def start(config, data, ranks):
+    """Process ids of children that train together, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,17 +70,12 @@ def run(config, ranks):
     for rank in range(ranks):
         child = os.fork()
         if not child:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            os.environ |= {key: str(value) for key, value in numbers.items()}
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
             status = 1
             try:
-                pretrain(config, (images(), None), Silent())
+                pretrain(config, (data, None), Silent())
                 status = 0
             except ValueError as error:
                 print(f"rank {rank}: {error}", flush=True)
@@ -87,6 +83,11 @@ def run(config, ranks):
                 sys.stderr.flush()
                 os._exit(status)
         children.append(child)
+    return children
+
+
+def wait(children):
+    """Their exit statuses; negative: the signal that ended them."""
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
@@ -96,7 +97,8 @@ def main(runs):
         if "loss" in changes:
             changes["loss"] = dataclasses.replace(CONFIG.loss, **changes["loss"])
         changes["out"] = Path(changes["out"])
-        print(changes["out"].name, *run(dataclasses.replace(CONFIG, **changes), ranks), flush=True)
+        statuses = wait(start(dataclasses.replace(CONFIG, **changes), images(), ranks))
+        print(changes["out"].name, *statuses, flush=True)
 
 
 if __name__ == "__main__":
