@@ -144,8 +144,8 @@ def von_neumann_of_gram(
 def _shifted_inverses(b: Tensor, shifts: tuple[float, ...]) -> Tensor:
     """``(B + u I)⁻¹`` for every u, stacked in front; NaN where B + u I has no Cholesky factor."""
     a = b.expand(len(shifts), *b.shape).clone(memory_format=torch.contiguous_format)
-    u = torch.tensor(shifts, dtype=b.dtype, device=b.device)
-    a.diagonal(dim1=-2, dim2=-1).add_(u.reshape(-1, *[1] * (b.dim() - 1)))
+    for own, u in zip(a, shifts, strict=True):  # as scalars: a tensor would have to come over
+        own.diagonal(dim1=-2, dim2=-1).add_(u)
     return factor.inverse(factor.factorise(a)[0])
 
 

@@ -92,8 +92,12 @@ def coding_rate_of_gram(
     a.diagonal(dim1=-2, dim2=-1).add_(1)
     lower, failed = factor.factorise(a)
     value = 2 * lower.diagonal(dim1=-2, dim2=-1).double().log().sum(-1)
-    value = torch.where(failed | ~torch.isfinite(trace), math.nan, value).to(a.dtype)
-    return value, factor.inverse(lower).mul_(scale) if need_weight else None
+    failed |= ~torch.isfinite(trace)
+    value = torch.where(failed, math.nan, value).to(a.dtype)
+    if not need_weight:
+        return value, None
+    lower.masked_fill_(failed[..., None, None], math.nan)
+    return value, factor.inverse(lower).mul_(scale)
 
 
 def entropy_of_spectrum(lam: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,19 @@ from functools import partial
 import pytest
 import torch
 
-from mmae_fast import dispatch, fast_coding_rate, fast_gram
+from mmae_fast import dispatch, fast_coding_rate, fast_gram, fast_matrix_entropy
 
-from .accuracy import Result, coding_rate, entropy, expected, features, gram, largest, run
+from .accuracy import (
+    Quantity,
+    Result,
+    coding_rate,
+    entropy,
+    expected,
+    features,
+    gram,
+    largest,
+    run,
+)
 
 HAS_CUDA = torch.cuda.is_available()
 needs_cuda = [
@@ -32,6 +42,13 @@ SHAPES = [
     (300, 9, 5),
 ]
 CAPTURED = [coding_rate(0.1), entropy(2.0)]
+
+
+class Rational(Quantity):
+    def fast(self, z, backend, **rows):
+        return fast_matrix_entropy(z, method="rational", backend=backend, **rows)
+
+
 QUANTITIES = [
     *CAPTURED,
     entropy(1.0),
@@ -154,7 +171,7 @@ def test_other_stream(q, backend):
 
 @cuda_only
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-@pytest.mark.parametrize("q", CAPTURED, ids=name)
+@pytest.mark.parametrize("q", [*CAPTURED, Rational("rational", 1.0)], ids=name)
 @pytest.mark.parametrize("shape", [(64, 50, 96), (4, 300, 64), (500, 200)])
 def test_cuda_graph(q, backend, shape):
     """Forward and backward in one graph, replayed on other data."""
@@ -179,7 +196,7 @@ def test_cuda_graph(q, backend, shape):
 
 @cuda_only
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-@pytest.mark.parametrize("q", CAPTURED, ids=name)
+@pytest.mark.parametrize("q", [*CAPTURED, Rational("rational", 1.0)], ids=name)
 @pytest.mark.parametrize("shape", [(64, 50, 96), (4, 300, 64), (500, 200)])
 def test_no_host_synchronisation(q, backend, shape):
     z, cotangent = example("cuda", *shape)

@@ -68,3 +68,12 @@ def test_degenerate(alpha, backend):
     for shape in ((3, 0, 0), (0, 4, 4)):
         value, v = module(backend).gram_entropy_fwd(torch.zeros(shape), alpha, True)
         assert value.shape == shape[:-2] and (value == 0).all() and v.shape == shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_matrix_of_one_entry(backend):
+    """1 / (1 + inf) is 0, which would look like a gradient."""
+    value, v = module(backend).coding_rate_fwd(
+        torch.full((2, 1, 3), math.inf), None, 1.0, False, False, True
+    )
+    assert value.isnan().all() and v.isnan().all()
