@@ -43,7 +43,7 @@ GRAM = {
     (100, "split"): Config(128, 64, 8, 2),
 }
 PRODUCT = {
-    (80, "float32"): Config(64, 32, 8, 3),
+    (80, "float32"): Config(64, 32, 8, 2),
     (90, "float32"): Config(128, 32, 8, 2),
     (100, "float32"): Config(128, 32, 8, 2),
     (80, "wide"): Config(128, 16, 8, 3),
@@ -52,11 +52,8 @@ PRODUCT = {
 }
 # Below this order a triangle of 128 x 128 tiles is mostly corners.
 SMALL_ORDER = 256
-SMALL = {80: Config(64, 32, 8, 3), 90: Config(64, 32, 4, 3), 100: Config(64, 32, 4, 3)}
-# The fewest that hold a tile without spilling.
-CODING_RATE_WARPS = {80: {16: 1, 32: 2, 64: 4, 128: 8}}
-CODING_RATE_WARPS[90] = CODING_RATE_WARPS[80]
-CODING_RATE_WARPS[100] = CODING_RATE_WARPS[80] | {128: 16}
+SMALL = {80: Config(64, 32, 8, 2), 90: Config(64, 32, 4, 3), 100: Config(64, 32, 4, 3)}
+CODING_RATE_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # the fewest that hold a tile without spilling
 CANDIDATES = (
     *dict.fromkeys(SMALL.values()),
     Config(64, 64, 4, 3),
@@ -97,9 +94,14 @@ def product(dtype: torch.dtype, n: int, d: int, arch: int) -> Config:
     return PRODUCT[arch, "float32" if dtype == torch.float32 else "wide"]
 
 
-def coding_rate(dtype: torch.dtype, order: int, arch: int) -> Config:
+def largest_coding_rate(dtype: torch.dtype, arch: int) -> int:
+    """The largest order that one block's registers hold; float32 and sm_100 spill at 128."""
+    return 64 if dtype == torch.float32 or arch == 100 else 128
+
+
+def coding_rate(order: int) -> Config:
     block = max(16, 1 << (order - 1).bit_length())
-    return Config(block, 32, CODING_RATE_WARPS[arch][block], 3)
+    return Config(block, 32, CODING_RATE_WARPS[block], 3)
 
 
 def seconds(launch: Callable[[], object]) -> float:
