@@ -3,12 +3,13 @@
 One block per matrix, BLOCK x BLOCK numbers of it in registers, BLOCK the power of two that holds k:
 Gram matrix in the tensor cores, then k steps of the symmetric sweep, j = 0 ... k - 1:
 
-    p = 1 + X_jj,   X_il -= X_ij X_jl / p,   row and column j /= p,   X_jj = -1 / p
+    p = 1 + X_jj,   X_il -= X_ij X_jl / p,   row and column j /= p
 
 **The identity is never stored**: of a pivot only X_jj is kept, so that a small X keeps the digits
-that 1 + x would round away. log det = sum log(1 + X_jj) in float64, and X ends as -M,
-M = (I + cG)⁻¹: value and inverse of one pass over registers. (For a value alone, row and column j
-need no care.) The diagonal y of I - M has a recurrence of its own: y -= X_ij² / p, y_j = X_jj / p.
+that 1 + x would round away. log det = sum log(1 + X_jj) in float64, and off its diagonal X ends as
+-M, M = (I + cG)⁻¹: value and inverse of one pass over registers. (For a value alone, row and column
+j need no care.) The diagonals m of M and y of I - M have recurrences of their own, each good where
+the other cancels: m_j = 1 / p, then m_i += X_ij² / p;   y_i -= X_ij² / p, y_j = X_jj / p.
 
 The weight (torch_backend.py has the convention), V = c M:
     features                  2 V; if normalised and not centred, where the projection removes
@@ -64,8 +65,6 @@ def _coding_rate_kernel(
             SAMPLES, CENTER, HAS_MASK, False, PRECISION,
         )  # fmt: skip
     i, l = index[:, None], index[None, :]
-    stored = (i < order) & (l < order)
-    at = batch * order * order + i * order + l
     if SAMPLES and not CENTER:
         q = s / f
         x *= q[:, None] * q[None, :]
@@ -73,11 +72,13 @@ def _coding_rate_kernel(
             x = tl.where((i == l) & (s > 0)[:, None] & (s < float("inf"))[:, None], 1.0, x)
     x = (x + tl.trans(x)) * 0.5  # products of parts come in another order on the other side
     if WEIGHT and SAMPLES and CENTER:
-        tl.store(gram + at, x, mask=stored)
+        at = batch * order * order + i * order + l
+        tl.store(gram + at, x, mask=(i < order) & (l < order))
     x *= c
     pivots = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
     y = tl.sum(tl.where(i == l, x, 0.0), axis=1)
+    m = tl.zeros((BLOCK,), tl.float32)
     for j in range(order):
         column = tl.sum(tl.where(l == j, x, 0.0), axis=1)
         row = tl.sum(tl.where(i == j, x, 0.0), axis=0)
@@ -89,23 +90,25 @@ def _coding_rate_kernel(
         row *= root
         rest = x - column[:, None] * row[None, :]
         if WEIGHT:
-            squares += column * column
-            y = tl.where(index == j, delta * inverse, y - column * column)
+            square = column * column
+            squares += square
+            y = tl.where(index == j, delta * inverse, y - square)
+            m = tl.where(index == j, inverse, tl.where(index < j, m + square, 0.0))
             rest = tl.where((i == j) | (l == j), x * inverse, rest)
-            rest = tl.where((i == j) & (l == j), -inverse, rest)
         x = rest
     p = 1.0 + pivots.to(tl.float64)
     logs = tl.where(p > 0, tl.log(tl.where(p > 0, p, 1.0)), float("nan"))
     tl.store(value + batch, tl.sum(logs, axis=0).to(tl.float32))
     if WEIGHT:
-        w = -c * x
+        diagonal = c * m
         if NORMALIZE and not CENTER:
             if SAMPLES:
-                m = tl.sum(tl.where(i == l, w, 0.0), axis=1)
-                on_diagonal = tl.where(y < 0.5, squares - c * y, m - y)
-                w = tl.where(i == l, on_diagonal[:, None], w)
-            elif tl.max(y, axis=0) < 0.5:
-                w = tl.where(i == l, (-c * y)[:, None], w)
+                diagonal = tl.where(y < 0.5, squares - c * y, c * m - y)
+            else:
+                diagonal = tl.where(tl.max(y, axis=0) < 0.5, -c * y, c * m)
+        w = tl.where(i == l, diagonal[:, None], -c * x)
+        at = batch * order * order + i * order + l
+        stored = (i < order) & (l < order)
         if SAMPLES and CENTER:
             tl.store(weight + at, w, mask=stored)
         elif SAMPLES:
@@ -135,7 +138,7 @@ def coding_rate(
     batch, n, d = z.shape
     order, depth = (n, d) if samples else (d, n)
     value = torch.empty(batch, dtype=torch.float32, device=z.device)
-    config = config or configs.coding_rate(z.dtype, order, configs.architecture(z.device.index))
+    config = config or configs.coding_rate(order)
     new = lambda: torch.empty(batch, order, order, dtype=torch.float32, device=z.device)  # noqa: E731
     weight = new() if need_weight else None
     g = new() if need_weight and samples and mean is not None else None

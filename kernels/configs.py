@@ -32,7 +32,7 @@ class Config(NamedTuple):
 
 # Operands: "float32"; 16-bit as they are ("raw"), in two parts ("split"), times float32 ("wide").
 GRAM = {
-    (80, "float32"): Config(64, 32, 4, 3),  # 128: the parts of 3xTF32 spill
+    (80, "float32"): Config(64, 32, 8, 3),  # 128, or 4 warps: the parts of 3xTF32 spill
     (90, "float32"): Config(128, 16, 8, 3),  # 32 deep: spills
     (100, "float32"): Config(128, 16, 8, 3),
     (80, "raw"): Config(128, 64, 8, 2),  # 3 stages: 128 KB
@@ -43,19 +43,19 @@ GRAM = {
     (100, "split"): Config(128, 64, 8, 2),
 }
 PRODUCT = {
-    (80, "float32"): Config(64, 32, 4, 3),
+    (80, "float32"): Config(64, 32, 8, 2),
     (90, "float32"): Config(128, 32, 8, 2),
     (100, "float32"): Config(128, 32, 8, 2),
-    (80, "wide"): Config(128, 32, 8, 3),
+    (80, "wide"): Config(128, 16, 8, 3),
     (90, "wide"): Config(128, 32, 8, 2),
     (100, "wide"): Config(128, 32, 8, 3),
 }
 # Below this order a triangle of 128 x 128 tiles is mostly corners.
 SMALL_ORDER = 256
-SMALL = Config(64, 32, 4, 3)
-CODING_RATE_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # fewest that hold a tile without spilling
+SMALL = {80: Config(64, 32, 8, 2), 90: Config(64, 32, 4, 3), 100: Config(64, 32, 4, 3)}
+CODING_RATE_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # the fewest that hold a tile without spilling
 CANDIDATES = (
-    SMALL,
+    *dict.fromkeys(SMALL.values()),
     Config(64, 64, 4, 3),
     Config(128, 16, 8, 3),
     Config(128, 32, 8, 2),
@@ -83,18 +83,23 @@ def multiprocessors(index: int | None) -> int:
 
 def gram(dtype: torch.dtype, order: int, raw: bool, arch: int) -> Config:
     if order <= SMALL_ORDER:
-        return SMALL
+        return SMALL[arch]
     kind = "float32" if dtype == torch.float32 else "raw" if raw else "split"
     return GRAM[arch, kind]
 
 
 def product(dtype: torch.dtype, n: int, d: int, arch: int) -> Config:
     if min(n, d) <= SMALL_ORDER:
-        return SMALL
+        return SMALL[arch]
     return PRODUCT[arch, "float32" if dtype == torch.float32 else "wide"]
 
 
-def coding_rate(dtype: torch.dtype, order: int, arch: int) -> Config:
+def largest_coding_rate(dtype: torch.dtype, arch: int) -> int:
+    """The largest order that one block's registers hold; float32 and sm_100 spill at 128."""
+    return 64 if dtype == torch.float32 or arch == 100 else 128
+
+
+def coding_rate(order: int) -> Config:
     block = max(16, 1 << (order - 1).bit_length())
     return Config(block, 32, CODING_RATE_WARPS[block], 3)
 

@@ -91,18 +91,19 @@ def main() -> None:
         console.print(table)
 
     if dispatch.refusal("triton", "cuda") is None:
-        from . import triton_backend
+        from .kernels import configs
 
         table = Table(
             "operation with backend='triton'", "served by", title_justify="left",
             title="Operations on CUDA tensors",
         )  # fmt: skip
         table.add_row("fast_gram, order 2, every gradient; 32 and 16-bit", "Triton kernels")
-        orders = {str(t).split(".")[-1]: k for t, k in triton_backend.MAX_ORDER.items()}
+        arch = configs.architecture(None)
+        orders = [configs.largest_coding_rate(t, arch) for t in (torch.float32, torch.bfloat16)]
         table.add_row(
             "fast_coding_rate",
-            f"one Triton kernel up to min(n, d) = {orders['float32']} (16-bit:"
-            f" {orders['bfloat16']}), then Gram kernel + cuSOLVER potrf",
+            f"one Triton kernel up to min(n, d) = {orders[0]} (16-bit: {orders[1]}), then Gram"
+            " kernel + cuSOLVER potrf",
         )
         table.add_row("entropy of any other order", "Gram kernel + cuSOLVER syevd")
         table.add_row("float64", "PyTorch's libraries: the kernels are made for tensor cores")

@@ -2,7 +2,8 @@
 
 | quantity       | Triton kernel                                 | PyTorch (torch_backend.py)      |
 |----------------|-----------------------------------------------|---------------------------------|
-| coding rate    | k = min(n, d) <= MAX_ORDER, Gram matrix above | Cholesky factor of larger ones  |
+| coding rate    | k = min(n, d) <= 64 (16-bit: 128, but for     | Cholesky factor of larger ones  |
+|                | sm_100); the Gram matrix above                |                                 |
 | alpha = 2      | every k; nothing k x k without a gradient     | -                               |
 | other alpha    | Gram matrix                                   | eigenvalues                     |
 | Gram, gradient | every size, either side                       | -                               |
@@ -26,8 +27,8 @@ import torch
 
 from . import torch_backend
 from .kernels import coding_rate as small
+from .kernels import configs, product, rows
 from .kernels import gram as grams
-from .kernels import product, rows
 from .torch_backend import (  # noqa: F401 - the backend's own
     GramParts,
     full_precision,
@@ -39,8 +40,6 @@ from .torch_backend import (  # noqa: F401 - the backend's own
 )
 
 FULL = "tf32x3"
-# The largest k that one block's registers hold without spilling; see kernels/configs.py.
-MAX_ORDER = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 
 
 def on_its_device(function):
@@ -111,7 +110,7 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, precision=FU
     n, d = z.shape[1:]
     samples = n <= d
     s, mean = row_parts(z, mask, normalize, center, precision)
-    if min(n, d) <= MAX_ORDER[z.dtype]:
+    if min(n, d) <= configs.largest_coding_rate(z.dtype, configs.architecture(z.device.index)):
         value, weight, g = small.coding_rate(
             z, s, mean, mask, scale, samples, normalize, need_weight, precision=precision
         )

