@@ -79,8 +79,9 @@ void launch_of_gram(L& launch, const Features& f, const GramInput<T>& in, int64_
            m.scale, value, weight);
   } else {
     const JacobiPlan plan = jacobi_plan(k, is_double);
-    launch(jacobi_kernel<T>, f.batch, plan.threads, plan.shared_bytes, f, in, plan, m.alpha, value,
-           weight);
+    const auto kernel =
+        plan.threads <= 256 ? jacobi_kernel<T, 256> : jacobi_kernel<T, JacobiPlan::kMaxBlock>;
+    launch(kernel, f.batch, plan.threads, plan.shared_bytes, f, in, plan, m.alpha, value, weight);
   }
 }
 

@@ -167,4 +167,5 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.attr("max_columns") = cuda::kMaxOrder;
   m.attr("shared_budget") = cuda::kSharedBudget;
   m.attr("row_mean_shared_bytes") = cuda::kMeanShared;
+  m.attr("common_scale_shared_bytes") = cuda::kCommonShared;
 }
