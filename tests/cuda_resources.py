@@ -55,7 +55,7 @@ def compiled(nvcc: str, folder: Path) -> str:
 def kernels(report: str) -> dict[str, dict[str, int]]:
     """Kernel, type and template numbers, in words → registers, stack bytes, spilled bytes."""
     pattern = (
-        r"entry function '_ZN4mmae4cuda\d+([a-z0-9_]+_kernel)I([fd])((?:L[ib][0-9n]+E)*)E?.*?"
+        r"entry function '_ZN4mmae4cuda\d+([a-z0-9_]+_kernel)I([fd])([^']*?)Ev[^']*'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
         r"Used (\d+) registers"
     )
@@ -63,7 +63,7 @@ def kernels(report: str) -> dict[str, dict[str, int]]:
     for name, kind, numbers, stack, stores, loads, registers in re.findall(
         pattern, report, re.DOTALL
     ):
-        values = re.findall(r"L[ib]([0-9]+)E", numbers)
+        values = re.findall(r"Li([0-9]+)E", numbers)
         row = {"registers": int(registers), "stack": int(stack), "spill": int(stores) + int(loads)}
         key = " ".join([name, TYPES[kind], *values])
         assert found.setdefault(key, row)["registers"] == row["registers"], key
