@@ -14,9 +14,9 @@ docs/cuda.md, and :func:`limits` says those of a device. Up to k = 128 (float64:
 from features to coding rate or alpha = 2 and weight; everything else goes by way of the Gram
 matrix.
 
-Gram matrices are made by tensor cores: float32 in three TF32 products at full accuracy, in one where
-precision "high" or "medium" permits it (:func:`at`); 16-bit features in one, exactly. The fused
-kernel, every gradient and float64 do without them.
+Gram matrices are made by tensor cores: float32 in three TF32 products at full accuracy, in one
+where precision "high" or "medium" permits it (:func:`at`); 16-bit features in one, exactly, on the
+samples side. The fused kernel, every gradient and float64 do without them.
 
 The compiled kernels only enqueue work on the current stream: no host synchronisation, nothing that
 depends on values, so that CUDA graphs can capture them; and they are bitwise reproducible. Neither

@@ -78,10 +78,10 @@ MMAE_DEVICE void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2
 
 // One warp's 32 x 16 entries, 8 warps. kPasses = 1: operands rounded to TF32; 3: each in two parts,
 // x = hi + lo, and hi hi + hi lo + lo hi, which is what float32 products are up to 2^-21. Tensor
-// cores truncate their sums: they are kept short.
+// cores truncate their sums where additions round: 16 truncations, then an addition.
 template <int kPasses>
 struct WarpTile {
-  static constexpr int kEntries = 16, kFlush = 32;
+  static constexpr int kEntries = 16, kFlush = 128;
   const int g, q, i0, j0;
   const int row_stride, step_stride;
   float sums[2][2][4] = {}, total[2][2][4] = {};
@@ -124,11 +124,14 @@ struct WarpTile {
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          if (kPasses == 3) {
-            mma_tf32(sums[r][c], a_low[r], b[c]);
-            mma_tf32(sums[r][c], a[r], b_low[c]);
-          }
           mma_tf32(sums[r][c], a[r], b[c]);
+          if (kPasses == 3) {  // apart: each mma truncates what it adds to
+            float small[4] = {};
+            mma_tf32(small, a_low[r], b[c]);
+            mma_tf32(small, a[r], b_low[c]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[r][c][e] += small[e];
+          }
         }
     }
   }
