@@ -199,3 +199,25 @@ def test_sums_of_tensor_cores_stay_short(side):
     """Thousands of nearly equal products, all of which truncated sums would round down."""
     z = features("collapsed", 3, 3000)
     check(gram(side), z if side == "samples" else z.mT.contiguous())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("none", None),
+        ("short", "does not fit into the plan's shared memory"),
+        ("stride", "index 90 of a shared array of 90"),
+        ("overlap", "race"),
+    ],
+)
+def test_mistakes_in_a_plan_are_found(ops, mistake, message):
+    g = reference.gram(features("gaussian", 10, 12))
+    value, weight = torch.zeros(()), torch.zeros(10, 10)
+    run = emulator().mistaken_jacobi
+    arguments = (ops.describe(g, None, False, False), value.data_ptr(), weight.data_ptr())
+    if message is None:
+        run(emulator().Mistake.none, *arguments)
+        torch.testing.assert_close(value, reference.entropy_of_gram(g))
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            run(getattr(emulator().Mistake, mistake), *arguments)

@@ -109,6 +109,21 @@ std::vector<float> reverse(Fault fault, unsigned seed) {
   return out;
 }
 
+// The Jacobi kernel on a plan with a mistake, which the harness must find.
+enum class Mistake { kNone, kShort, kStride, kOverlap };
+
+void mistaken_jacobi(Mistake mistake, const Features& f, uintptr_t value, uintptr_t weight) {
+  cuda::JacobiPlan plan = cuda::jacobi_plan(f.n, false);
+  if (mistake == Mistake::kShort) plan.shared_bytes -= 16;
+  if (mistake == Mistake::kStride) plan.ld = plan.k - 1;
+  if (mistake == Mistake::kOverlap) plan.coefficient = plan.norms;
+  emulation::Launcher launch{0, {}};
+  const cuda::GramInput<float> in{cuda::Side::kGram, static_cast<const float*>(f.z), nullptr,
+                                  nullptr, nullptr};
+  launch(cuda::jacobi_kernel<float, 256>, f.batch, plan.threads, plan.shared_bytes, f, in, plan,
+         1.0, pointer<float>(value), pointer<float>(weight));
+}
+
 // One row of the plans of the kernels that take one matrix per block.
 py::dict plan(cuda::Kernel kernel, int64_t k, bool is_double) {
   py::dict row;
@@ -168,6 +183,12 @@ PYBIND11_MODULE(MODULE_NAME, m) {
       .value("uninitialised", Fault::kUninitialised)
       .value("divergent", Fault::kDivergent);
   m.def("reverse", &reverse);
+  py::enum_<Mistake>(m, "Mistake")
+      .value("none", Mistake::kNone)
+      .value("short", Mistake::kShort)
+      .value("stride", Mistake::kStride)
+      .value("overlap", Mistake::kOverlap);
+  m.def("mistaken_jacobi", &mistaken_jacobi);
   m.attr("max_columns") = cuda::kMaxOrder;
   m.attr("shared_budget") = cuda::kSharedBudget;
   m.attr("row_mean_shared_bytes") = cuda::kMeanShared;
