@@ -76,14 +76,15 @@ std::tuple<Tensor, Tensor> measure(const Tensor& z, const std::optional<Tensor>&
 }
 
 std::tuple<Tensor, Tensor> coding_rate(const Tensor& z, const std::optional<Tensor>& mask,
-                                       double scale, bool normalize, bool center,
-                                       bool need_weight) {
-  return measure(z, mask, {true, scale, 0}, normalize, center, need_weight, "cuda_coding_rate");
+                                       double scale, bool normalize, bool center, bool need_weight,
+                                       bool tf32) {
+  return measure(z, mask, {true, scale, 0, tf32}, normalize, center, need_weight,
+                 "cuda_coding_rate");
 }
 
 std::tuple<Tensor, Tensor> entropy(const Tensor& z, const std::optional<Tensor>& mask, double alpha,
-                                   bool normalize, bool center, bool need_weight) {
-  return measure(z, mask, {false, 0, alpha}, normalize, center, need_weight, "cuda_entropy");
+                                   bool normalize, bool center, bool need_weight, bool tf32) {
+  return measure(z, mask, {false, 0, alpha, tf32}, normalize, center, need_weight, "cuda_entropy");
 }
 
 std::tuple<Tensor, Tensor> gram_entropy(const Tensor& g, double alpha, bool need_weight) {
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor> gram_entropy(const Tensor& g, double alpha, bool need
                   "mmae_fast::cuda_gram_entropy: g must be contiguous, (..., k, k), float32 or "
                   "float64");
   const Features f = describe(g, std::nullopt, false, false);
-  const cuda::Measure m{false, 0, alpha};
+  const cuda::Measure m{false, 0, alpha, false};
   check_order(f.n, cuda::max_order(f.dtype, m, g.get_device_index()), "cuda_gram_entropy");
   Tensor value = empty(g, g.scalar_type(), {}), weight = new_weight(g, f, need_weight);
   if (f.batch > 0)
@@ -105,13 +106,13 @@ std::tuple<Tensor, Tensor> gram_entropy(const Tensor& g, double alpha, bool need
 }
 
 std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Tensor>& mask,
-                                        bool samples, bool normalize, bool center) {
+                                        bool samples, bool normalize, bool center, bool tf32) {
   const Features f = describe(z, mask, normalize, center);
   const int64_t k = samples ? f.n : f.d;
   const ScalarType type = accumulation_type(z);
   Tensor g = empty(z, type, {k, k}), scale = empty(z, type, {f.n}), mean = empty(z, type, {f.d});
   if (f.batch > 0)
-    check_launch(cuda::gram(f, samples, g.mutable_data_ptr(), scale.mutable_data_ptr(),
+    check_launch(cuda::gram(f, samples, tf32, g.mutable_data_ptr(), scale.mutable_data_ptr(),
                             mean.mutable_data_ptr(), queue_of(z)),
                  "cuda_gram");
   return {g, scale, mean};
@@ -170,7 +171,7 @@ bool has_solver() { return cuda::has_solver(); }
 
 int64_t max_order(bool is_rate, double alpha, bool is_double, int64_t device) {
   const DType dtype = is_double ? DType::kFloat64 : DType::kFloat32;
-  return cuda::max_order(dtype, {is_rate, 0, alpha}, int(device));
+  return cuda::max_order(dtype, {is_rate, 0, alpha, false}, int(device));
 }
 
 }  // namespace
@@ -178,15 +179,15 @@ int64_t max_order(bool is_rate, double alpha, bool is_double, int64_t device) {
 STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
   m.def(
       "cuda_coding_rate(Tensor z, Tensor? mask, float scale, bool normalize, bool center, "
-      "bool need_weight) -> (Tensor value, Tensor weight)");
+      "bool need_weight, bool tf32) -> (Tensor value, Tensor weight)");
   m.def(
       "cuda_entropy(Tensor z, Tensor? mask, float alpha, bool normalize, bool center, "
-      "bool need_weight) -> (Tensor value, Tensor weight)");
+      "bool need_weight, bool tf32) -> (Tensor value, Tensor weight)");
   m.def(
       "cuda_gram_entropy(Tensor g, float alpha, bool need_weight) -> (Tensor value, Tensor "
       "weight)");
   m.def(
-      "cuda_gram(Tensor z, Tensor? mask, bool samples, bool normalize, bool center) -> "
+      "cuda_gram(Tensor z, Tensor? mask, bool samples, bool normalize, bool center, bool tf32) -> "
       "(Tensor gram, Tensor scale, Tensor mean)");
   m.def(
       "cuda_weight_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor weight, bool normalize, "

@@ -12,7 +12,11 @@
 Limits for the 227 KiB of shared memory that a block of an H100 or B200 may have; others are in
 docs/cuda.md, and :func:`limits` says those of a device. Up to k = 128 (float64: 96) one kernel goes
 from features to coding rate or alpha = 2 and weight; everything else goes by way of the Gram
-matrix. ``precision`` is not used: float32 is multiplied as float32.
+matrix.
+
+Gram matrices are made by tensor cores: float32 in three TF32 products at full accuracy, in one
+where precision "high" or "medium" permits it (:func:`at`); 16-bit features in one, exactly, on the
+samples side. The fused kernel, every gradient and float64 do without them.
 
 The compiled kernels only enqueue work on the current stream: no host synchronisation, nothing that
 depends on values, so that CUDA graphs can capture them; and they are bitwise reproducible. Neither
@@ -22,7 +26,9 @@ The extension is a library of its own, loaded with this module; ``EXTENSION_ERRO
 could not be, or is None.
 """
 
+import functools
 import importlib
+from types import SimpleNamespace
 
 import torch
 
@@ -57,15 +63,15 @@ def compiled(z, order: int, alpha: float = 2.0, is_rate: bool = False) -> bool:
     return order <= limit
 
 
-def gram(z, mask, samples, normalize, center) -> GramParts:
+def gram(z, mask, samples, normalize, center, tf32=False) -> GramParts:
     if compiled(z, z.shape[-2 if samples else -1]):
-        return GramParts(*_ops.cuda_gram(z, mask, samples, normalize, center))
+        return GramParts(*_ops.cuda_gram(z, mask, samples, normalize, center, tf32))
     return torch_backend.gram(z, mask, samples, normalize, center)
 
 
-def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
+def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, tf32=False):
     if compiled(z, min(z.shape[-2:]), is_rate=True):
-        return _ops.cuda_coding_rate(z, mask, scale, normalize, center, need_weight)
+        return _ops.cuda_coding_rate(z, mask, scale, normalize, center, need_weight, tf32)
     return torch_backend.coding_rate_fwd(z, mask, scale, normalize, center, need_weight)
 
 
@@ -94,9 +100,9 @@ def _entropy_of_gram(g, alpha, need_weight, overwrite=False):
 
 
 @torch_backend.full_precision
-def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
+def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight, tf32=False):
     if compiled(z, min(z.shape[-2:]), alpha):
-        return _ops.cuda_entropy(z, mask, alpha, normalize, center, need_weight)
+        return _ops.cuda_entropy(z, mask, alpha, normalize, center, need_weight, tf32)
 
     def of_gram(g, need_weight, overwrite):
         return _entropy_of_gram(g, alpha, need_weight, overwrite)
@@ -109,9 +115,10 @@ def gram_entropy_fwd(g, alpha, need_weight):
     return _entropy_of_gram(g, alpha, need_weight)
 
 
-def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
+def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight, tf32=False):
     arguments = (z1, z2, mask, alpha, normalize, center, need_weight)
-    return torch_backend.joint_entropy_fwd(*arguments, gram=gram, of_gram=_entropy_of_gram)
+    of_rows = functools.partial(gram, tf32=tf32)
+    return torch_backend.joint_entropy_fwd(*arguments, gram=of_rows, of_gram=_entropy_of_gram)
 
 
 def limits(is_double: bool = False, device: int = 0) -> dict[str, int]:
@@ -147,3 +154,12 @@ def gram_bwd(grad, z, mask, parts, samples, normalize, center):
     v = (grad + grad.mT) / 2
     weight = torch_backend.fold(v, parts, z, mask, samples, normalize, center)
     return weight_bwd(weight.new_ones(z.shape[:-2]), z, mask, weight, normalize, center)
+
+
+def at(precision: str) -> SimpleNamespace:
+    """This module at another of PyTorch's words for the precision of float32 products."""
+    own = dict(globals())
+    if precision != "highest":
+        for function in (gram, coding_rate_fwd, matrix_entropy_fwd, joint_entropy_fwd):
+            own[function.__name__] = functools.partial(function, tf32=True)
+    return SimpleNamespace(**own)

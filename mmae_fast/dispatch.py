@@ -17,7 +17,7 @@ import torch
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 UNMEASURED = ("cuda", "triton")
 # Those that compute faster where float32 products may be less precise.
-LOWER_PRECISION = ("triton",)
+LOWER_PRECISION = ("cuda", "triton")
 
 
 try:

@@ -3,12 +3,20 @@
 The same checks run on the CPU where they mean something there, so that they are known to work.
 """
 
+import math
 from functools import partial
 
 import pytest
 import torch
 
-from mmae_fast import dispatch, fast_coding_rate, fast_gram, fast_matrix_entropy
+from mmae_fast import (
+    cuda_backend,
+    dispatch,
+    fast_coding_rate,
+    fast_gram,
+    fast_matrix_entropy,
+    reference,
+)
 
 from .accuracy import (
     Quantity,
@@ -39,6 +47,7 @@ SHAPES = [
     (4, 64, 64),
     (2, 197, 48),
     (130, 70),
+    (150, 140),
     (300, 9, 5),
 ]
 CAPTURED = [coding_rate(0.1), entropy(2.0)]
@@ -49,11 +58,27 @@ class Rational(Quantity):
         return fast_matrix_entropy(z, method="rational", backend=backend, **rows)
 
 
+# What a CUDA graph can hold: (backend, quantity, shape).
+WITHOUT_EIGENVALUES = [*CAPTURED, Rational("rational", 1.0)]
+CAPTURES = [
+    (backend, q, shape)
+    for backend in CUDA_BACKENDS
+    for q in WITHOUT_EIGENVALUES
+    for shape in [(64, 50, 96), (4, 300, 64), (500, 200)]
+]
+# By the kernels of csrc/cuda also what needs eigenvalues, which PyTorch's libraries look at.
+CAPTURES += [
+    ("cuda", entropy(alpha), shape)
+    for alpha in (1.0, 3.0, math.inf)
+    for shape in [(64, 50, 96), (4, 300, 64), (500, 140)]
+    if "cuda" in CUDA_BACKENDS
+]
 QUANTITIES = [
     *CAPTURED,
     entropy(1.0),
     entropy(0.5),
     entropy(3.0),
+    entropy(math.inf),
     gram("samples"),
     gram("features"),
 ]
@@ -61,6 +86,12 @@ QUANTITIES = [
 
 def name(x):
     return f"{x.kind}-{x.parameter}" if hasattr(x, "kind") else None
+
+
+def largest_order(q):
+    """Of the compiled kernels for this quantity, on the current device."""
+    key = {"coding_rate": "coding rate"}.get(q.kind, "other alpha")
+    return cuda_backend.limits(device=torch.cuda.current_device())[key]
 
 
 def check_on(device, q, z, backend, **rows):
@@ -170,9 +201,7 @@ def test_other_stream(q, backend):
 
 
 @cuda_only
-@pytest.mark.parametrize("backend", CUDA_BACKENDS)
-@pytest.mark.parametrize("q", [*CAPTURED, Rational("rational", 1.0)], ids=name)
-@pytest.mark.parametrize("shape", [(64, 50, 96), (4, 300, 64), (500, 200)])
+@pytest.mark.parametrize(("backend", "q", "shape"), CAPTURES, ids=name)
 def test_cuda_graph(q, backend, shape):
     """Forward and backward in one graph, replayed on other data."""
     z, cotangent = example("cuda", *shape)
@@ -195,9 +224,7 @@ def test_cuda_graph(q, backend, shape):
 
 
 @cuda_only
-@pytest.mark.parametrize("backend", CUDA_BACKENDS)
-@pytest.mark.parametrize("q", [*CAPTURED, Rational("rational", 1.0)], ids=name)
-@pytest.mark.parametrize("shape", [(64, 50, 96), (4, 300, 64), (500, 200)])
+@pytest.mark.parametrize(("backend", "q", "shape"), CAPTURES, ids=name)
 def test_no_host_synchronisation(q, backend, shape):
     z, cotangent = example("cuda", *shape)
     value_and_grad(q, z, cotangent, backend)  # handles and workspaces
@@ -287,3 +314,67 @@ def test_triton_memory(dtype, normalize):
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before - grad.nbytes
     assert extra < (32 + 20 * 4 + 16) << 20
+
+
+# --------------------------------------------------------------------------------------------------
+# csrc/cuda: what the emulator cannot see (test_cuda_*.py do the rest)
+
+compiled_only = lambda test: cuda_only(  # noqa: E731
+    pytest.mark.skipif(
+        "cuda" not in CUDA_BACKENDS, reason=f"cuda: {dispatch.refusal('cuda', 'cuda')}"
+    )(test)
+)
+
+
+@compiled_only
+@pytest.mark.parametrize("q", [coding_rate(0.1), entropy(1.0)], ids=name)
+@pytest.mark.parametrize("side", ["samples", "features"])
+def test_orders_around_the_limits(q, side):
+    """The largest matrix that shared memory holds on this device, and the first beyond it."""
+    limit = largest_order(q)
+    for k in (limit, limit + 1):
+        shape = (2, k, k + 3) if side == "samples" else (2, k + 3, k)
+        check_on("cuda", q, features("gaussian", *shape), "cuda")
+
+
+@compiled_only
+def test_batched_eigensolver():
+    if not cuda_backend.has_solver():
+        pytest.skip("this process has no cusolverDnXsyevBatched (CUDA 12.6.2 or newer)")
+    for dtype in (torch.float32, torch.float64):
+        a = reference.gram(features("gaussian", 5, 40, 60, dtype=dtype).cuda())
+        lam, vectors = cuda_backend._eigh_batched(a, True)
+        torch.testing.assert_close(lam, torch.linalg.eigvalsh(a), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            (vectors * lam.unsqueeze(-2)) @ vectors.mT, a, rtol=1e-4, atol=1e-5
+        )
+        alone, _ = cuda_backend._eigh_batched(a, False)
+        torch.testing.assert_close(alone, lam, rtol=1e-4, atol=1e-5)
+
+
+@compiled_only
+def test_precision():
+    """The tensor cores' operand layout, which no emulator can know, and what each policy rounds."""
+    z = features("gaussian", 3, 150, 170)
+    for side in ("samples", "features"):
+        truth = reference.gram(z.double(), side=side)
+        errors = {
+            precision: (
+                fast_gram(z.cuda(), side=side, backend="cuda", precision=precision).cpu() - truth
+            )
+            .abs()
+            .max()
+            for precision in ("highest", "high", "medium")
+        }
+        assert errors["highest"] < 1e-6
+        assert 1e-5 < errors["high"] < 2e-3 and errors["high"] == errors["medium"]
+
+
+@compiled_only
+@pytest.mark.parametrize("q", QUANTITIES, ids=name)
+def test_two_runs_agree_bitwise(q):
+    z, cotangent = example("cuda", 40, 60, 70)
+    if q.kind == "gram":
+        cotangent = torch.ones_like(q.fast(z, "cuda"))
+    first, second = (value_and_grad(q, z, cotangent, "cuda") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -16,6 +16,7 @@ struct Queue {
 struct Measure {
   bool is_rate;
   double scale, alpha;
+  bool tf32;  // whether float32 rows may be rounded to TF32 in the Gram matrix
 };
 
 // Largest k = min(n, d) that measure() takes on this device, and order that gram_entropy() takes.
@@ -38,7 +39,8 @@ const char* gram_entropy(DType dtype, int64_t batch, int64_t k, const void* g, d
                          void* value, void* weight, Queue);
 // gram (batch, k, k) of the given side, with scale (batch, n) and mean row (batch, d; zeros unless
 // centred) that were applied.
-const char* gram(const Features&, bool samples, void* gram, void* scale, void* mean, Queue);
+const char* gram(const Features&, bool samples, bool tf32, void* gram, void* scale, void* mean,
+                 Queue);
 // grad (batch), weight (batch, k, k) → grad_z (batch, n, d) in z's type. scale (batch, n) and mean
 // (batch, d) are scratch for the features side.
 const char* weight_bwd(const Features&, const void* grad, const void* weight, void* scale,

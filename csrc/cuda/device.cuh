@@ -76,6 +76,14 @@ MMAE_DEVICE uint32_t float_bits(float x) {
 #endif
 }
 
+MMAE_DEVICE float bits_float(uint32_t x) {
+#ifdef __CUDACC__
+  return __uint_as_float(x);
+#else
+  return emulation::from_bits(x);
+#endif
+}
+
 // Neither NaN nor Inf.
 MMAE_DEVICE bool is_finite(double x) { return x - x == 0; }
 

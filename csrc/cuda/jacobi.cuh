@@ -339,9 +339,12 @@ struct JacobiBlock {
 };
 
 // in.g (batch, k, k); value (batch); weight (batch, k, k) or null. Grid: one block per matrix,
-// plan.threads threads, plan.shared_bytes of shared memory.
-template <class T>
-__global__ void __launch_bounds__(JacobiPlan::kMaxBlock, 1)
+// plan.threads <= N threads, plan.shared_bytes of shared memory. Registers are rationed so that
+// three blocks of 256 threads (float64: two) share a multiprocessor, where their memory lets them.
+template <class T, int N>
+__global__ void __launch_bounds__(N, N > 256          ? 1
+                                     : sizeof(T) == 4 ? 3
+                                                      : 2)
     jacobi_kernel(const Features f, const GramInput<T> in, const JacobiPlan plan, double alpha,
                   T* value, T* weight) {
   const int64_t index = blockIdx.x, entries = int64_t(plan.k) * plan.k;

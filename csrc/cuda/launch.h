@@ -51,11 +51,19 @@ void launch_row_mean(L& launch, const Features& f, const T* scale, T* mean) {
          mean);
 }
 
-// common: null, or (batch), which makes the scale of all rows of a matrix one power of two.
+// 16-bit numbers are TF32 numbers, so one pass multiplies them as they are.
+inline bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+inline auto gram_kernel_of(double*, bool) { return gram_kernel<double, ThreadTile<double>>; }
+inline auto gram_kernel_of(float*, bool one_pass) {
+  return one_pass ? gram_kernel<float, WarpTile<1>> : gram_kernel<float, WarpTile<3>>;
+}
+
+// tf32: permission to round float32 operands. common: null, or (batch), which makes the scale of
+// all rows of a matrix one power of two.
 template <class T, class L>
-void launch_gram(L& launch, const Features& f, bool samples, T* gram, T* scale, T* mean,
+void launch_gram(L& launch, const Features& f, bool samples, T* gram, T* scale, T* mean, bool tf32,
                  T* common = nullptr) {
-  const ProductPlan plan = product_plan(sizeof(T) == 8);
   const int64_t tiles = ceil_div(samples ? f.n : f.d, ProductPlan::kTile);
   const T* applied = f.center ? mean : nullptr;
   if (common)
@@ -63,8 +71,11 @@ void launch_gram(L& launch, const Features& f, bool samples, T* gram, T* scale, 
   else
     launch_row_scale<T>(launch, f, scale);
   launch_row_mean<T>(launch, f, scale, mean);
-  launch(gram_kernel<T>, f.batch * tiles * tiles, ProductPlan::kThreads, plan.shared_bytes, f, plan,
-         samples, static_cast<const T*>(scale), applied, gram);
+  const bool exact = samples && !f.center && is_16_bit(f.dtype);
+  const ProductPlan plan = product_plan(sizeof(T) == 8, sizeof(T) == 4);
+  const auto kernel = gram_kernel_of(static_cast<T*>(nullptr), exact || tf32);
+  launch(kernel, f.batch * tiles * tiles, ProductPlan::kThreads, plan.shared_bytes, f, plan,
+         samples, exact, static_cast<const T*>(scale), applied, gram);
 }
 
 // Of ready Gram matrices: value (batch), weight (batch, k, k) or null. k: their order.
@@ -79,8 +90,9 @@ void launch_of_gram(L& launch, const Features& f, const GramInput<T>& in, int64_
            m.scale, value, weight);
   } else {
     const JacobiPlan plan = jacobi_plan(k, is_double);
-    launch(jacobi_kernel<T>, f.batch, plan.threads, plan.shared_bytes, f, in, plan, m.alpha, value,
-           weight);
+    const auto kernel =
+        plan.threads <= 256 ? jacobi_kernel<T, 256> : jacobi_kernel<T, JacobiPlan::kMaxBlock>;
+    launch(kernel, f.batch, plan.threads, plan.shared_bytes, f, in, plan, m.alpha, value, weight);
   }
 }
 
@@ -91,7 +103,7 @@ void launch_gram_entropy(L& launch, int64_t batch, int64_t k, const T* g, double
   f.batch = batch;
   f.n = f.d = k;
   const GramInput<T> in{Side::kGram, g, nullptr, nullptr, nullptr};
-  launch_of_gram<T>(launch, f, in, k, {false, 0, alpha}, value, weight);
+  launch_of_gram<T>(launch, f, in, k, {false, 0, alpha, false}, value, weight);
 }
 
 // The same of features, k = min(n, d), in one kernel if there is no scratch (is_fused), else by way
@@ -105,7 +117,7 @@ void launch_measure(L& launch, const Features& f, Measure m, T* value, T* weight
   const bool samples = f.samples(), whole = m.is_rate || f.normalize;
   if (whole) common = nullptr;
   if (!(samples && f.normalize && f.center && weight)) along = nullptr;
-  launch_gram<T>(launch, f, samples, gram, scale, mean, common);
+  launch_gram<T>(launch, f, samples, gram, scale, mean, m.tf32, common);
   if (along)
     launch(row_along_kernel<T>, ceil_div(f.batch * f.n, kMaxThreads / kWarp), kMaxThreads, 0, f,
            static_cast<const T*>(scale), static_cast<const T*>(mean), along);
@@ -118,7 +130,7 @@ void launch_weight_bwd(L& launch, const Features& f, const T* grad, const T* wei
                        T* mean, void* grad_z) {
   constexpr bool is_double = sizeof(T) == 8;
   if (f.samples()) {
-    const ProductPlan plan = product_plan(is_double);
+    const ProductPlan plan = product_plan(is_double, false);
     const int64_t tiles = ceil_div(f.n, ProductPlan::kTile) * ceil_div(f.d, ProductPlan::kTile);
     launch(samples_bwd_kernel<T>, f.batch * tiles, ProductPlan::kThreads, plan.shared_bytes, f,
            plan, grad, weight, grad_z);

@@ -82,7 +82,7 @@ static_assert(spectral_plan(kMaxOrderFloat, false).shared_bytes <= kSharedBudget
 static_assert(spectral_plan(kMaxOrderDouble, true).shared_bytes <= kSharedBudget);
 
 // Coding rate and Rényi-2 of ready Gram matrices, one block per matrix.
-constexpr int kPackedThreads = 256;
+constexpr int kPackedThreads = 512;
 
 struct PackedPlan {
   int k, threads;
@@ -178,25 +178,33 @@ static_assert(max_order(Kernel::kJacobi, false, 163 * 1024) >= 192);
 static_assert(max_order(Kernel::kJacobi, false, kSharedBudget) >= 128);
 static_assert(max_order(Kernel::kJacobi, true, kSharedBudget) >= 96);
 
-// Tiled products: kTile x kTile outputs per block of 16 x 16 threads with 4 x 4 entries each.
+// Tiled products: kTile x kTile outputs per block, 16 per thread: by 16 x 16 threads with 4 x 4
+// entries each, or by 8 warps in tensor cores (tiles.cuh).
 struct ProductPlan {
   static constexpr int kTile = 64, kSide = 16, kRegister = 4, kThreads = kSide * kSide;
-  int depth, ld;    // a staged step of either operand: depth x ld, ld odd
+  static constexpr int kThreadStride = kTile + 1, kWarpDepth = 32;
+  int depth;        // of a staged step
+  int count;        // entries of a staged operand
   int left, right;  // byte offsets
   int shared_bytes;
 };
 
-constexpr ProductPlan product_plan(bool is_double) {
+constexpr ProductPlan product_plan(bool is_double, bool by_warps) {
   ProductPlan p{};
   const int size = is_double ? 8 : 4;
-  p.depth = is_double ? 16 : 32;
-  p.ld = ProductPlan::kTile + 1;
+  p.depth = by_warps ? ProductPlan::kWarpDepth : is_double ? 16 : 32;
+  p.count = by_warps ? ProductPlan::kTile * (ProductPlan::kWarpDepth + 4)
+                     : p.depth * ProductPlan::kThreadStride;
   Layout layout;
-  p.left = layout.take(int64_t(p.depth) * p.ld, size);
-  p.right = layout.take(int64_t(p.depth) * p.ld, size);
+  p.left = layout.take(p.count, size);
+  p.right = layout.take(p.count, size);
   p.shared_bytes = layout.bytes;
   return p;
 }
+
+// Either layout of a step of a warp's operands has the same size.
+static_assert(ProductPlan::kTile * (ProductPlan::kWarpDepth + 4) ==
+              ProductPlan::kWarpDepth * (ProductPlan::kTile + 8));
 
 // Features side of the backward pass: kRows whole rows per block.
 struct RowsPlan {

@@ -4,13 +4,13 @@
 namespace mmae {
 namespace cuda {
 
-const char* gram(const Features& f, bool samples, void* gram, void* scale, void* mean,
+const char* gram(const Features& f, bool samples, bool tf32, void* gram, void* scale, void* mean,
                  Queue queue) {
   CudaLauncher launch(queue);
   dispatch(f.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     launch_gram<T>(launch, f, samples, static_cast<T*>(gram), static_cast<T*>(scale),
-                   static_cast<T*>(mean));
+                   static_cast<T*>(mean), tf32);
   });
   return launch.error();
 }

@@ -13,6 +13,7 @@
 // each twice, so that the result is exactly symmetric. Sums run in two levels (kFlushDepth).
 #pragma once
 #include "rows.cuh"
+#include "tiles.cuh"
 
 namespace mmae {
 namespace cuda {
@@ -96,84 +97,63 @@ __global__ void __launch_bounds__(kMaxThreads)
   mean[index * f.d + j] = count > 0 ? T(sum / count) : T(0);
 }
 
-// One thread's 4 x 4 entries of a kTile x kTile tile: rows ty + 16 r, columns tx + 16 c.
-template <class T>
-struct TileSums {
-  static constexpr int R = ProductPlan::kRegister, kSide = ProductPlan::kSide;
-  T sums[R][R] = {}, total[R][R] = {};
-
-  // left, right: (depth, ld), staged.
-  MMAE_DEVICE void add(const ProductPlan& plan, Shared<T> left, Shared<T> right, int ty, int tx) {
-#pragma unroll 2
-    for (int p = 0; p < plan.depth; ++p) {
-      T a[R], b[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        a[r] = left[p * plan.ld + ty + kSide * r];
-        b[r] = right[p * plan.ld + tx + kSide * r];
-      }
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int c = 0; c < R; ++c) sums[r][c] += a[r] * b[c];
-    }
-  }
-  MMAE_DEVICE void flush() {
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int c = 0; c < R; ++c) {
-        total[r][c] += sums[r][c];
-        sums[r][c] = 0;
-      }
-  }
-};
+// The power of two within a scale, which a 16-bit number can be multiplied by without rounding.
+MMAE_DEVICE float power_of_two_in(float scale) {
+  const float power = bits_float(float_bits(scale) & 0x7f800000u);
+  return power > 0 ? power : scale;
+}
+MMAE_DEVICE double power_of_two_in(double scale) { return scale; }
 
 // scale (batch, n), mean (batch, d) or null → out (batch, k, k), k = n (samples) or d. Grid: batch
 // x tiles x tiles blocks of ProductPlan::kThreads, of which those below the diagonal leave at once.
-template <class T>
+// exact: 16-bit rows of the samples side, not centred, go in multiplied by a power of two only, and
+// the rest of their scale comes after the product.
+template <class T, class Tile>
 __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
-    gram_kernel(const Features f, const ProductPlan plan, bool samples, const T* scale,
+    gram_kernel(const Features f, const ProductPlan plan, bool samples, bool exact, const T* scale,
                 const T* mean, T* out) {
-  constexpr int kTile = ProductPlan::kTile, kSide = ProductPlan::kSide;
+  constexpr int kTile = ProductPlan::kTile;
   const int64_t k = samples ? f.n : f.d, length = samples ? f.d : f.n, tiles = ceil_div(k, kTile);
-  const int64_t index = blockIdx.x / (tiles * tiles), tile = blockIdx.x % (tiles * tiles);
-  const int64_t i0 = tile / tiles * kTile, j0 = tile % tiles * kTile;
+  const int64_t index = blockIdx.x / (tiles * tiles), at_tile = blockIdx.x % (tiles * tiles);
+  const int64_t i0 = at_tile / tiles * kTile, j0 = at_tile % tiles * kTile;
   if (i0 > j0) return;
   const Rows<T> rows(f, index);
   scale += index * f.n;
   if (mean) mean += index * f.d;
-  const Shared<T> left = shared_array<T>(plan.left, plan.depth * plan.ld);
-  const Shared<T> right = shared_array<T>(plan.right, plan.depth * plan.ld);
-  const int t = int(threadIdx.x), ty = t / kSide, tx = t % kSide;
-  TileSums<T> tile_sums;
+  const Shared<T> left = shared_array<T>(plan.left, plan.count);
+  const Shared<T> right = shared_array<T>(plan.right, plan.count);
+  const int t = int(threadIdx.x);
+  Tile tile(plan, samples);
+  const auto staged = [&](int64_t i, int64_t p) -> T {
+    if (!samples) return rows.prepared(p, i, scale, mean);
+    if (!exact) return rows.prepared(i, p, scale, mean);
+    return i < f.n && p < f.d && rows.kept(i) ? power_of_two_in(scale[i]) * rows.load(i, p) : T(0);
+  };
   for (int64_t at = 0; at < length; at += plan.depth) {
     for (int e = t; e < kTile * plan.depth; e += ProductPlan::kThreads) {
       const int p = samples ? e % plan.depth : e / kTile, i = samples ? e / plan.depth : e % kTile;
-      left[p * plan.ld + i] = samples ? rows.prepared(i0 + i, at + p, scale, mean)
-                                      : rows.prepared(at + p, i0 + i, scale, mean);
-      right[p * plan.ld + i] = samples ? rows.prepared(j0 + i, at + p, scale, mean)
-                                       : rows.prepared(at + p, j0 + i, scale, mean);
+      left[tile.at(p, i)] = staged(i0 + i, at + p);
+      right[tile.at(p, i)] = staged(j0 + i, at + p);
     }
     __syncthreads();  // both operands are complete
-    tile_sums.add(plan, left, right, ty, tx);
-    if ((at + plan.depth) % kFlushDepth == 0) tile_sums.flush();
+    tile.add(left, right);
+    if ((at + plan.depth) % Tile::kFlush == 0) tile.flush();
     __syncthreads();  // and read, before the next step overwrites them
   }
-  tile_sums.flush();
+  tile.flush();
   out += index * k * k;
 #pragma unroll
-  for (int r = 0; r < TileSums<T>::R; ++r)
-#pragma unroll
-    for (int c = 0; c < TileSums<T>::R; ++c) {
-      const int64_t i = i0 + ty + kSide * r, j = j0 + tx + kSide * c;
-      if (i >= k || j >= k) continue;
-      T g = tile_sums.total[r][c];
-      // The diagonal of normalised rows is 1 by definition.
-      if (i == j && samples && f.normalize && !f.center && scale[i] > T(0)) g = 1;
-      out[i * k + j] = g;
-      if (i0 != j0) out[j * k + i] = g;
-    }
+  for (int e = 0; e < Tile::kEntries; ++e) {
+    const int64_t i = i0 + tile.row(e), j = j0 + tile.column(e);
+    if (i >= k || j >= k) continue;
+    T g = tile.value(e);
+    if (exact && scale[i] > T(0) && scale[j] > T(0))
+      g *= (scale[i] / power_of_two_in(scale[i])) * (scale[j] / power_of_two_in(scale[j]));
+    // The diagonal of normalised rows is 1 by definition.
+    if (i == j && samples && f.normalize && !f.center && scale[i] > T(0)) g = 1;
+    out[i * k + j] = g;
+    if (i0 != j0) out[j * k + i] = g;
+  }
 }
 
 // grad (batch), weight W' (batch, n, n) → grad_z (batch, n, d). Grid: batch x row tiles x column
@@ -182,38 +162,36 @@ template <class T>
 __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
     samples_bwd_kernel(const Features f, const ProductPlan plan, const T* grad, const T* weight,
                        void* grad_z) {
-  constexpr int kTile = ProductPlan::kTile, kSide = ProductPlan::kSide;
+  constexpr int kTile = ProductPlan::kTile;
   const int64_t across = ceil_div(f.d, kTile), tiles = ceil_div(f.n, kTile) * across;
-  const int64_t index = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  const int64_t i0 = tile / across * kTile, j0 = tile % across * kTile;
+  const int64_t index = blockIdx.x / tiles, at_tile = blockIdx.x % tiles;
+  const int64_t i0 = at_tile / across * kTile, j0 = at_tile % across * kTile;
   const Rows<T> rows(f, index);
   weight += index * f.n * f.n;
-  const Shared<T> left = shared_array<T>(plan.left, plan.depth * plan.ld);
-  const Shared<T> right = shared_array<T>(plan.right, plan.depth * plan.ld);
-  const int t = int(threadIdx.x), ty = t / kSide, tx = t % kSide;
-  TileSums<T> tile_sums;
+  const Shared<T> left = shared_array<T>(plan.left, plan.count);
+  const Shared<T> right = shared_array<T>(plan.right, plan.count);
+  const int t = int(threadIdx.x);
+  ThreadTile<T> tile(plan, true);
   for (int64_t at = 0; at < f.n; at += plan.depth) {
     for (int e = t; e < kTile * plan.depth; e += ProductPlan::kThreads) {
       int p = e % plan.depth, i = e / plan.depth;
-      left[p * plan.ld + i] = i0 + i < f.n && at + p < f.n ? weight[(i0 + i) * f.n + at + p] : T(0);
+      left[tile.at(p, i)] = i0 + i < f.n && at + p < f.n ? weight[(i0 + i) * f.n + at + p] : T(0);
       p = e / kTile, i = e % kTile;
-      right[p * plan.ld + i] =
+      right[tile.at(p, i)] =
           at + p < f.n && j0 + i < f.d && rows.kept(at + p) ? rows.load(at + p, j0 + i) : T(0);
     }
     __syncthreads();  // both operands are complete
-    tile_sums.add(plan, left, right, ty, tx);
-    if ((at + plan.depth) % kFlushDepth == 0) tile_sums.flush();
+    tile.add(left, right);
+    if ((at + plan.depth) % ThreadTile<T>::kFlush == 0) tile.flush();
     __syncthreads();  // and read, before the next step overwrites them
   }
-  tile_sums.flush();
+  tile.flush();
 #pragma unroll
-  for (int r = 0; r < TileSums<T>::R; ++r)
-#pragma unroll
-    for (int c = 0; c < TileSums<T>::R; ++c) {
-      const int64_t i = i0 + ty + kSide * r, j = j0 + tx + kSide * c;
-      if (i < f.n && j < f.d)
-        store(grad_z, f.dtype, (index * f.n + i) * f.d + j, grad[index] * tile_sums.total[r][c]);
-    }
+  for (int e = 0; e < ThreadTile<T>::kEntries; ++e) {
+    const int64_t i = i0 + tile.row(e), j = j0 + tile.column(e);
+    if (i < f.n && j < f.d)
+      store(grad_z, f.dtype, (index * f.n + i) * f.d + j, grad[index] * tile.value(e));
+  }
 }
 
 // grad (batch), weight W' (batch, d, d), scale (batch, n), mean (batch, d) or null → grad_z (batch,

@@ -50,9 +50,10 @@ Launches run(const Features& f, unsigned seed, const F& body) {
   return launch.launches;
 }
 
-Launches measure(const Features& f, bool is_rate, double scale, double alpha, uintptr_t value,
-                 uintptr_t weight, std::array<uintptr_t, 5> scratch, unsigned seed) {
-  const cuda::Measure m{is_rate, scale, alpha};
+Launches measure(const Features& f, bool is_rate, double scale, double alpha, bool tf32,
+                 uintptr_t value, uintptr_t weight, std::array<uintptr_t, 5> scratch,
+                 unsigned seed) {
+  const cuda::Measure m{is_rate, scale, alpha, tf32};
   const cuda::Scratch s{pointer<void>(scratch[0]), pointer<void>(scratch[1]),
                         pointer<void>(scratch[2]), pointer<void>(scratch[3]),
                         pointer<void>(scratch[4])};
@@ -71,11 +72,12 @@ Launches gram_entropy(const Features& f, double alpha, uintptr_t value, uintptr_
   });
 }
 
-Launches gram(const Features& f, bool samples, uintptr_t out, uintptr_t scale, uintptr_t mean,
-              unsigned seed) {
+Launches gram(const Features& f, bool samples, bool tf32, uintptr_t out, uintptr_t scale,
+              uintptr_t mean, unsigned seed) {
   return run(f, seed, [&](auto& launch, auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    cuda::launch_gram<T>(launch, f, samples, pointer<T>(out), pointer<T>(scale), pointer<T>(mean));
+    cuda::launch_gram<T>(launch, f, samples, pointer<T>(out), pointer<T>(scale), pointer<T>(mean),
+                         tf32);
   });
 }
 
@@ -105,6 +107,21 @@ std::vector<float> reverse(Fault fault, unsigned seed) {
   emulation::Launcher launch{seed, {}};
   launch(reverse_kernel, 1, 64, 64 * 4, fault, out.data());
   return out;
+}
+
+// The Jacobi kernel on a plan with a mistake, which the harness must find.
+enum class Mistake { kNone, kShort, kStride, kOverlap };
+
+void mistaken_jacobi(Mistake mistake, const Features& f, uintptr_t value, uintptr_t weight) {
+  cuda::JacobiPlan plan = cuda::jacobi_plan(f.n, false);
+  if (mistake == Mistake::kShort) plan.shared_bytes -= 16;
+  if (mistake == Mistake::kStride) plan.ld = plan.k - 1;
+  if (mistake == Mistake::kOverlap) plan.coefficient = plan.norms;
+  emulation::Launcher launch{0, {}};
+  const cuda::GramInput<float> in{cuda::Side::kGram, static_cast<const float*>(f.z), nullptr,
+                                  nullptr, nullptr};
+  launch(cuda::jacobi_kernel<float, 256>, f.batch, plan.threads, plan.shared_bytes, f, in, plan,
+         1.0, pointer<float>(value), pointer<float>(weight));
 }
 
 // One row of the plans of the kernels that take one matrix per block.
@@ -143,16 +160,18 @@ PYBIND11_MODULE(MODULE_NAME, m) {
       .value("jacobi", cuda::Kernel::kJacobi);
   m.def("plan", &plan);
   m.def("needs_scratch", [](bool is_rate, double alpha, int64_t k, bool is_double) {
-    return !cuda::is_fused({is_rate, 0, alpha}, k, is_double);
+    return !cuda::is_fused({is_rate, 0, alpha, false}, k, is_double);
   });
-  m.def("product_shared_bytes", [](bool d) { return cuda::product_plan(d).shared_bytes; });
+  m.def("product_shared_bytes", [](bool is_double, bool by_warps) {
+    return cuda::product_plan(is_double, by_warps).shared_bytes;
+  });
   m.def("rows_shared_bytes",
         [](int64_t d, bool f64) { return cuda::rows_plan(d, f64).shared_bytes; });
   m.def("largest_order", [](cuda::Kernel kernel, bool is_double, int shared) {
     return cuda::max_order(kernel, is_double, shared);
   });
   m.def("max_order", [](bool is_rate, double alpha, bool is_double, int shared) {
-    return cuda::max_order(cuda::kernel_of({is_rate, 0, alpha}), is_double, shared);
+    return cuda::max_order(cuda::kernel_of({is_rate, 0, alpha, false}), is_double, shared);
   });
   m.attr("entries_per_lane") = cuda::JacobiPlan::kEntries;
   m.def("barriers", []() { return emulation::block().barriers; });
@@ -164,7 +183,14 @@ PYBIND11_MODULE(MODULE_NAME, m) {
       .value("uninitialised", Fault::kUninitialised)
       .value("divergent", Fault::kDivergent);
   m.def("reverse", &reverse);
+  py::enum_<Mistake>(m, "Mistake")
+      .value("none", Mistake::kNone)
+      .value("short", Mistake::kShort)
+      .value("stride", Mistake::kStride)
+      .value("overlap", Mistake::kOverlap);
+  m.def("mistaken_jacobi", &mistaken_jacobi);
   m.attr("max_columns") = cuda::kMaxOrder;
   m.attr("shared_budget") = cuda::kSharedBudget;
   m.attr("row_mean_shared_bytes") = cuda::kMeanShared;
+  m.attr("common_scale_shared_bytes") = cuda::kCommonShared;
 }

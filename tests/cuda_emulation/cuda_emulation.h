@@ -12,6 +12,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -70,6 +71,7 @@ struct Block {
   std::vector<Shadow> shadows;  // one per 4 bytes of memory
   std::vector<double> exchange;
   std::vector<unsigned> shuffles;  // per thread
+  std::vector<std::array<float, 6>> operands;
   jmp_buf scheduler;
   std::function<void()> body;
   std::string error;
@@ -302,6 +304,37 @@ inline uint32_t to_bits(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
   return u;
+}
+
+// cvt.rna.tf32.f32.
+inline float to_tf32(float x) {
+  return x - x == 0 ? from_bits((to_bits(x) + 0x1000) & ~0x1fffu) : x;
+}
+
+// mma.sync m16n8k8; every lane gives its operands and takes its part of the product. Sums are
+// truncated to float32, as tensor cores do.
+inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  Block& state = block();
+  const int me = state.current, threads = int(state.block_size.x), warp = me / kWarp * kWarp;
+  const int set = int(state.shuffles[me]++ % 2) * threads;
+  if (state.operands.size() < size_t(2 * threads)) state.operands.resize(size_t(2 * threads));
+  std::array<float, 6>& own = state.operands[set + me];
+  std::copy(a, a + 4, own.begin());
+  std::copy(b, b + 2, own.begin() + 4);
+  for (const float x : own)
+    if (x - x == 0 && to_tf32(x) != x) fail("an operand of mma is not a TF32 number");
+  wait(Fiber::kAtShuffle, "mma");
+  for (int e = 0; e < 4; ++e) {
+    const int row = me % kWarp / 4 + e / 2 * 8, column = me % 4 * 2 + e % 2;
+    double sum = d[e];
+    for (int p = 0; p < 8; ++p) {
+      const std::array<float, 6>& left = state.operands[set + warp + row % 8 * 4 + p % 4];
+      const std::array<float, 6>& right = state.operands[set + warp + column * 4 + p % 4];
+      sum += double(left[row / 8 + p / 4 * 2]) * right[4 + p / 4];
+    }
+    d[e] = float(sum);
+    if (std::fabs(d[e]) > std::fabs(sum)) d[e] = std::nextafter(d[e], 0.0f);
+  }
 }
 
 }  // namespace emulation

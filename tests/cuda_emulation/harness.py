@@ -99,7 +99,7 @@ class Ops:
         dtype = dtype or reference.accumulation_dtype(z.dtype)
         return Output(z.shape[:-2] + shape, dtype)
 
-    def measure(self, is_rate, scale, alpha, z, mask, normalize, center, need_weight):
+    def measure(self, is_rate, scale, alpha, z, mask, normalize, center, need_weight, tf32):
         n, d = z.shape[-2:]
         k = min(n, d)
         value, weight = self.output(z), self.output(z, k, k)
@@ -113,6 +113,7 @@ class Ops:
             is_rate,
             scale,
             alpha,
+            tf32,
             value.address(),
             # A batch of 0 x 0 weights has no address; any but null says that it is wanted.
             (weight.address() or 1) if need_weight else 0,
@@ -123,11 +124,11 @@ class Ops:
             part.finished(written=False)
         return value.finished(), weight.finished() if need_weight else z.new_empty(0)
 
-    def cuda_coding_rate(self, z, mask, scale, normalize, center, need_weight):
-        return self.measure(True, scale, 0.0, z, mask, normalize, center, need_weight)
+    def cuda_coding_rate(self, z, mask, scale, *options):
+        return self.measure(True, scale, 0.0, z, mask, *options)
 
-    def cuda_entropy(self, z, mask, alpha, normalize, center, need_weight):
-        return self.measure(False, 0.0, alpha, z, mask, normalize, center, need_weight)
+    def cuda_entropy(self, z, mask, alpha, *options):
+        return self.measure(False, 0.0, alpha, z, mask, *options)
 
     def cuda_gram_entropy(self, g, alpha, need_weight):
         assert g.is_contiguous()
@@ -138,13 +139,13 @@ class Ops:
         self.launches += emulator().gram_entropy(f, alpha, value.address(), wanted, self.seed)
         return value.finished(), weight.finished() if need_weight else g.new_empty(0)
 
-    def cuda_gram(self, z, mask, samples, normalize, center):
+    def cuda_gram(self, z, mask, samples, normalize, center, tf32):
         n, d = z.shape[-2:]
         k = n if samples else d
         outputs = self.output(z, k, k), self.output(z, n), self.output(z, d)
         addresses = [output.address() for output in outputs]
         f = self.describe(z, mask, normalize, center)
-        self.launches += emulator().gram(f, samples, *addresses, self.seed)
+        self.launches += emulator().gram(f, samples, tf32, *addresses, self.seed)
         return tuple(output.finished() for output in outputs)
 
     def cuda_weight_bwd(self, grad, z, mask, weight, normalize, center):
