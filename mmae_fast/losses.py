@@ -1,4 +1,4 @@
-"""Losses of masked autoencoders that regularise by matrix entropy; and those of two_branch.py.
+"""Losses of masked autoencoders that regularise by matrix entropy, and all other losses by name.
 
 Every loss is a number to minimise, computed in float32 whatever autocast says.
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from .coding_rates import coding_rate_reduction, emp_ssl_tcr
 from .distributed import Shards, over_ranks
 from .ops import (
     fast_coding_rate,
@@ -23,8 +24,6 @@ from .ops import (
 from .reference import accumulation_dtype
 from .two_branch import (
     barlow_twins_loss,
-    coding_rate_reduction,
-    emp_ssl_tcr,
     info_nce_loss,
     ivne_loss,
     matrix_alignment_loss,
