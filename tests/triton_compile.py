@@ -58,7 +58,7 @@ def cases(arch: int) -> dict[str, Case]:
             for order in (configs.SMALL_ORDER, 4096):
                 if order == configs.SMALL_ORDER and raw != (dtype == "float32"):
                     continue
-                config = configs.gram(t, order, raw, arch)
+                config = configs.gram(t, order, side["SAMPLES"], side["CENTER"], arch)
                 outputs = {"UNIT": raw, "FULL": True, "MOMENTS": False}
                 options = side | outputs | {"SPLIT": False, "PRECISION": "tf32x3", "GROUP": 8}
                 label = f"gram {dtype} {name} {config.block}"
