@@ -137,6 +137,7 @@ def coding_rate(
     """
     batch, n, d = z.shape
     order, depth = (n, d) if samples else (d, n)
+    precision = precision if z.dtype == torch.float32 else "tf32x3"
     value = torch.empty(batch, dtype=torch.float32, device=z.device)
     config = config or configs.coding_rate(order)
     new = lambda: torch.empty(batch, order, order, dtype=torch.float32, device=z.device)  # noqa: E731

@@ -30,7 +30,8 @@ class Config(NamedTuple):
     stages: int
 
 
-# Operands: "float32"; 16-bit as they are ("raw"), in two parts ("split"), times float32 ("wide").
+# Operands: "float32", or centred; 16-bit as they are ("raw"), in parts ("split"), times float32 W'
+# ("wide").
 GRAM = {
     (80, "float32"): Config(64, 32, 8, 3),  # 128, or 4 warps: the parts of 3xTF32 spill
     (90, "float32"): Config(128, 16, 8, 3),  # 32 deep: spills
@@ -81,10 +82,12 @@ def multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def gram(dtype: torch.dtype, order: int, raw: bool, arch: int) -> Config:
+def gram(dtype: torch.dtype, order: int, samples: bool, center: bool, arch: int) -> Config:
     if order <= SMALL_ORDER:
         return SMALL[arch]
-    kind = "float32" if dtype == torch.float32 else "raw" if raw else "split"
+    kind = "raw" if samples else "split"
+    if dtype == torch.float32 or center:
+        kind = "float32"
     return GRAM[arch, kind]
 
 
@@ -94,9 +97,9 @@ def product(dtype: torch.dtype, n: int, d: int, arch: int) -> Config:
     return PRODUCT[arch, "float32" if dtype == torch.float32 else "wide"]
 
 
-def largest_coding_rate(dtype: torch.dtype, arch: int) -> int:
-    """The largest order that one block's registers hold; float32 and sm_100 spill at 128."""
-    return 64 if dtype == torch.float32 or arch == 100 else 128
+def largest_coding_rate(dtype: torch.dtype, center: bool, arch: int) -> int:
+    """The largest order that one block's registers hold; 3xTF32 and sm_100 spill at 128."""
+    return 64 if dtype == torch.float32 or center or arch == 100 else 128
 
 
 def coding_rate(order: int) -> Config:

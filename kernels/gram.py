@@ -185,11 +185,14 @@ def _launch(z, scale, mean, mask, samples, unit, full, moments, precision, confi
     batch, n, d = z.shape
     order, depth = (n, d) if samples else (d, n)
     raw = samples and mean is None
+    precision = precision if z.dtype == torch.float32 else "tf32x3"
     if config is None:
         options = (samples, unit, full, moments, precision)
         config = configs.choose(
             ("gram", z.dtype, z.shape, raw, *options),
-            configs.gram(z.dtype, order, raw, configs.architecture(z.device.index)),
+            configs.gram(
+                z.dtype, order, samples, mean is not None, configs.architecture(z.device.index)
+            ),
             lambda c: _launch(z, scale, mean, mask, *options, c),
         )
     side = triton.cdiv(order, config.block)

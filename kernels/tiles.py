@@ -8,11 +8,11 @@ keeps every square in range:
 |---------------|----------------------------------|-----------------------------------------------|
 | samples, no   | p_i z_i and p_j z_j, raw values; | 3xTF32 / 1: the norms belong to the values    |
 |               | s_i s_j / p_i p_j after it       | that were multiplied, whatever their rounding |
-| features, no  | 16-bit: p_i z_i and z_i s_i²/p_i | 3xTF32 / 2: only the second is rounded        |
-| any, yes      | x and x                          | 3xTF32 / 3: both are                          |
+| features, no  | 16-bit: p_i z_i and z_i s_i²/p_i | 3xTF32 / bfloat16 3, float16 2: the second    |
+|               |                                  | goes in parts of 24 or 22 bits together       |
+| any, yes      | x and x, float32                 | 3xTF32                                        |
 
-A rounded 16-bit operand goes in two parts, high + low, 16 bits of bfloat16 or 22 of float16; low x
-low is left out. PRECISION "tf32", for float32, is one product of rounded rows.
+PRECISION "tf32", for float32, is one product of rounded rows.
 """
 
 import triton
@@ -101,18 +101,22 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
             acc = tl.dot(a_high, round_tf32(b - b_high), acc)
             a, b = a_high, b_high
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="tf32x3" if PRECISION == "tf32x3" else "tf32")
+    return tl.dot(a, b, acc)
 
 
 @triton.jit
-def split_dot(a, b, acc, DTYPE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b of float32 tiles in the tensor cores' DTYPE; EXACT: a is of that type already."""
-    a_high, b_high = narrow(a, DTYPE, PRECISION), narrow(b, DTYPE, PRECISION)
-    if DTYPE != tl.float32:
-        acc = dot(a_high, narrow(b - b_high.to(tl.float32), DTYPE, PRECISION), acc, PRECISION)
-        if not EXACT:
-            acc = dot(narrow(a - a_high.to(tl.float32), DTYPE, PRECISION), b_high, acc, PRECISION)
-    return dot(a_high, b_high, acc, PRECISION)
+def exact_dot(a, b, acc, DTYPE: tl.constexpr):
+    """acc + a b of float32 tiles, a of the 16-bit DTYPE already, b in parts of it."""
+    a = a.to(DTYPE)
+    high = narrow(b, DTYPE, "")
+    rest = b - high.to(tl.float32)
+    middle = narrow(rest, DTYPE, "")
+    if DTYPE == tl.bfloat16:
+        acc = dot(a, narrow(rest - middle.to(tl.float32), DTYPE, ""), acc, "")
+    acc = dot(a, middle, acc, "")
+    return dot(a, high, acc, "")
 
 
 @triton.jit
@@ -165,10 +169,10 @@ def gram_step(
         a = row_tile(z, mean, f_i, kept_i, i, t, d, stride_n, stride_d, CENTER)
         b = row_tile(z, mean, f_j, kept_j, j, t, d, stride_n, stride_d, CENTER)
         if CENTER:
-            acc = split_dot(a, tl.trans(b), acc, TYPE, False, PRECISION)
+            a, b = narrow(a, tl.float32, PRECISION), narrow(b, tl.float32, PRECISION)
         else:
             a, b = narrow(a, TYPE, PRECISION), narrow(b, TYPE, PRECISION)
-            acc = dot(a, tl.trans(b), acc, PRECISION)
+        acc = dot(a, tl.trans(b), acc, PRECISION)
     else:
         s, kept = kept_rows(scale, mask, t, n, CENTER, HAS_MASK)
         f_a, f_b = s, s
@@ -178,5 +182,9 @@ def gram_step(
             f_b = s * (s / f_a)
         a = row_tile(z, mean, f_a, kept, t, i, d, stride_n, stride_d, CENTER)
         b = row_tile(z, mean, f_b, kept, t, j, d, stride_n, stride_d, CENTER)
-        acc = split_dot(tl.trans(a), b, acc, TYPE, EXACT, PRECISION)
+        if EXACT:
+            acc = exact_dot(tl.trans(a), b, acc, TYPE)
+        else:
+            a, b = narrow(a, tl.float32, PRECISION), narrow(b, tl.float32, PRECISION)
+            acc = dot(tl.trans(a), b, acc, PRECISION)
     return acc

@@ -99,7 +99,9 @@ def main() -> None:
         )  # fmt: skip
         table.add_row("fast_gram, order 2, every gradient; 32 and 16-bit", "Triton kernels")
         arch = configs.architecture(None)
-        orders = [configs.largest_coding_rate(t, arch) for t in (torch.float32, torch.bfloat16)]
+        orders = [
+            configs.largest_coding_rate(t, False, arch) for t in (torch.float32, torch.bfloat16)
+        ]
         table.add_row(
             "fast_coding_rate",
             f"one Triton kernel up to min(n, d) = {orders[0]} (16-bit: {orders[1]}), then Gram"

@@ -2,8 +2,8 @@
 
 | quantity       | Triton kernel                                 | PyTorch (torch_backend.py)      |
 |----------------|-----------------------------------------------|---------------------------------|
-| coding rate    | k = min(n, d) <= 64 (16-bit: 128, but for     | Cholesky factor of larger ones  |
-|                | sm_100); the Gram matrix above                |                                 |
+| coding rate    | k = min(n, d) <= 64 (16-bit, not centred: 128,| Cholesky factor of larger ones  |
+|                | but for sm_100); the Gram matrix above        |                                 |
 | alpha = 2      | every k; nothing k x k without a gradient     | -                               |
 | other alpha    | Gram matrix                                   | eigenvalues                     |
 | Gram, gradient | every size, either side                       | -                               |
@@ -12,7 +12,7 @@
 
 float32 is multiplied as 3xTF32, at full accuracy; precision "high" and "medium" both permit TF32,
 about 2^-12 per factor (:func:`at`). 16-bit features are multiplied as they are, and what has to be
-rounded on the way is kept in two parts (kernels/tiles.py): there is nothing to permit.
+rounded on the way is kept in parts (kernels/tiles.py): there is nothing to permit.
 
 The kernels only enqueue work: no host synchronisation, nothing that depends on values, so that CUDA
 graphs can capture them once they are compiled (call once before the capture); no float atomics, so
@@ -110,7 +110,9 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, precision=FU
     n, d = z.shape[1:]
     samples = n <= d
     s, mean = row_parts(z, mask, normalize, center, precision)
-    if min(n, d) <= configs.largest_coding_rate(z.dtype, configs.architecture(z.device.index)):
+    if min(n, d) <= configs.largest_coding_rate(
+        z.dtype, center, configs.architecture(z.device.index)
+    ):
         value, weight, g = small.coding_rate(
             z, s, mean, mask, scale, samples, normalize, need_weight, precision=precision
         )

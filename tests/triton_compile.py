@@ -58,7 +58,7 @@ def cases(arch: int) -> dict[str, Case]:
             for order in (configs.SMALL_ORDER, 4096):
                 if order == configs.SMALL_ORDER and raw != (dtype == "float32"):
                     continue
-                config = configs.gram(t, order, raw, arch)
+                config = configs.gram(t, order, side["SAMPLES"], side["CENTER"], arch)
                 outputs = {"UNIT": raw, "FULL": True, "MOMENTS": False}
                 options = side | outputs | {"SPLIT": False, "PRECISION": "tf32x3", "GROUP": 8}
                 label = f"gram {dtype} {name} {config.block}"
@@ -71,9 +71,8 @@ def cases(arch: int) -> dict[str, Case]:
                 out = "float32" if project else dtype
                 found[label] = Case(product._product_kernel, dtype, options, config, out)
             for order in {"samples": (16, 64, 128), "features": (), "centred": (64, 128)}[name]:
-                if (dtype == "bfloat16" and order == 64) or order > configs.largest_coding_rate(
-                    t, arch
-                ):
+                largest = configs.largest_coding_rate(t, side["CENTER"], arch)
+                if order > largest or order == largest / 2:
                     continue
                 options = side | {"NORMALIZE": True, "WEIGHT": True, "PRECISION": "tf32x3"}
                 config = configs.coding_rate(order)
@@ -94,10 +93,11 @@ def cases(arch: int) -> dict[str, Case]:
 
 # Those whose registers are scarcest, compiled by every run of the tests; the others are slow ones.
 QUICK = {
-    80: ("gram float32 samples 64", "gram bfloat16 centred 128", "product float32 centred 64"),
+    80: ("gram float32 samples 64", "gram bfloat16 features 128", "product float32 centred 64"),
     90: (
         "gram float32 samples 128",
         "gram bfloat16 samples 128",
+        "gram bfloat16 features 128",
         "product float32 centred 128",
         "coding rate bfloat16 samples 128",
         "coding rate float32 samples 64",

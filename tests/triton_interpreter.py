@@ -169,7 +169,7 @@ def test_strides():
         base[0, 0, :1].expand(5, 24),
     ]
     for z in views:
-        for q in (coding_rate(1.0), entropy(2.0), gram("features")):
+        for q in (coding_rate(1.0), gram("features")):
             check(q, z)
     z = views[0]
     check(coding_rate(1.0), z, mask=mask_of(z)[..., :1].expand(z.shape[:-1]), center=True)
@@ -358,8 +358,15 @@ def storages(tree):
     return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [{}, {"center": True}, {"normalize": False}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"center": True}),
+        (torch.float16, {"normalize": False}),
+    ],
+    ids=str,
+)
 def test_nothing_of_the_size_of_z(monkeypatch, unseen_interpreter, dtype, rows):
     """Value and gradient of a tall matrix: besides the gradient, numbers per row and per column."""
     monkeypatch.setattr(product, "SCRATCH_BYTES", 4 * 256 * 16)
