@@ -54,13 +54,19 @@ except (ImportError, OSError) as error:
 _ops = torch.ops.mmae_fast
 
 
+# Asked for at every call, and always the same: an operator's call costs more than a kernel launch.
+@functools.cache
+def _largest(ops, is_rate: bool, is_order_2: bool, is_double: bool, device: int) -> int:
+    return ops.cuda_max_order(is_rate, 2.0 if is_order_2 else 1.0, is_double, device)
+
+
 def compiled(z, order: int, alpha: float = 2.0, is_rate: bool = False) -> bool:
     """Whether the compiled kernels take this quantity of matrices of this order, on z's device.
 
     Products of features have the limit of alpha = 2.
     """
-    limit = _ops.cuda_max_order(is_rate, alpha, z.dtype == torch.float64, z.get_device())
-    return order <= limit
+    is_double, device = z.dtype == torch.float64, z.get_device()
+    return order <= _largest(_ops, is_rate, alpha == 2, is_double, device)
 
 
 def gram(z, mask, samples, normalize, center, tf32=False) -> GramParts:
