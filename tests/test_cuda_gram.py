@@ -90,8 +90,8 @@ def test_large(shape, q):
     check(q, features("gaussian", *shape), center=shape[0] == 200)
 
 
-def test_jacobi_of_two_words_per_warp():
-    """k > 128: a pair of columns per warp."""
+def test_a_pair_per_warp():
+    """k > 128: the whole warp holds a pair of columns."""
     check(entropy(1.0), features("rank3", 129, 131), center=True)
 
 
