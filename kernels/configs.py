@@ -39,7 +39,7 @@ GRAM = {
     (80, "raw"): Config(128, 64, 8, 2),  # 3 stages: 128 KB
     (90, "raw"): Config(128, 64, 8, 3),
     (100, "raw"): Config(128, 64, 8, 3),
-    (80, "split"): Config(128, 32, 8, 2),  # deeper or more stages: spills
+    (80, "split"): Config(128, 16, 8, 3),  # deeper: spills
     (90, "split"): Config(128, 64, 8, 2),
     (100, "split"): Config(128, 64, 8, 2),
 }

@@ -70,7 +70,7 @@ def _finish(
 
 
 # Sizes that no address depends on: else one that is 1 or a multiple of 16 is a compilation more.
-@triton.jit(do_not_specialize=["n", "depth", "batches", "side"])
+@triton.jit(do_not_specialize=["depth", "batches", "side"])
 def _gram_kernel(
     z,  # (batch, n, d)
     scale,  # (batch, n)
@@ -129,7 +129,8 @@ def _gram_kernel(
             stride_n, stride_d, SAMPLES, CENTER, HAS_MASK, False, PRECISION, BLOCK, DEPTH,
         )  # fmt: skip
     if POST:
-        acc *= (s_i / f_i)[:, None] * (s_j / f_j)[None, :]
+        acc *= (s_i / f_i)[:, None]
+        acc *= (s_j / f_j)[None, :]
     if SPLIT:
         within = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(partial + tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + within, acc)

@@ -202,7 +202,7 @@ def main() -> None:
             wrong += problems(name, arch, case, made[name], budget)
     if options.write:
         BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
-        if PAGE.exists():
+        if len(budget["sm"]) == len(ARCHITECTURES):
             start, end = "<!-- aot -->", "<!-- /aot -->"
             text = PAGE.read_text()
             before, after = text.split(start)[0], text.split(end)[1]
