@@ -53,8 +53,8 @@ PRODUCT = {
 }
 # Below this order a triangle of 128 x 128 tiles is mostly corners.
 SMALL_ORDER = 256
-SMALL = {80: Config(64, 32, 8, 2), 90: Config(64, 32, 4, 3), 100: Config(64, 32, 4, 3)}
-CODING_RATE_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # the fewest that hold a tile without spilling
+SMALL = {80: Config(64, 32, 8, 2), 90: Config(64, 32, 4, 3), 100: Config(64, 32, 8, 2)}
+CODING_RATE_WARPS = {16: 1, 32: 2, 64: 8, 128: 8}  # that hold a tile without spilling
 CANDIDATES = (
     *dict.fromkeys(SMALL.values()),
     Config(64, 64, 4, 3),

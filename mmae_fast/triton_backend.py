@@ -118,9 +118,12 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight, precision=FU
         )
         folded = g is None
     else:
-        full = need_weight and samples  # the factor reads one triangle
-        g = grams.gram(z, s, mean, mask, samples, unit=normalize, full=full, precision=precision)
-        value, weight = torch_backend.coding_rate_of_gram(g, scale, need_weight)
+        # A factor reads one triangle, and of the transpose that is the one there is.
+        g = grams.gram(
+            z, s, mean, mask, samples, unit=normalize, full=need_weight, precision=precision
+        )
+        symmetric = g if need_weight else g.mT
+        value, weight = torch_backend.coding_rate_of_gram(symmetric, scale, need_weight)
         folded = False
     if need_weight and not folded:
         weight = fold(weight, g, s, mean, z, mask, normalize) if samples else weight.mul_(2)

@@ -166,13 +166,16 @@ def problems(name: str, arch: int, case: Case, found: dict, budget: dict) -> lis
 
 def table(budget: dict) -> str:
     """Registers a thread / KB of shared memory a block, of every case and architecture."""
-    names = list(budget["sm"]["90"])
+    names = list(dict.fromkeys(n for found in budget["sm"].values() for n in found))
     lines = ["| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
     lines += ["|---|" + "---:|" * len(ARCHITECTURES)]
     for name in dict.fromkeys(re.sub(r" \d+$", "", n) if n[:2] != "co" else n for n in names):
         cells = []
         for arch in map(str, ARCHITECTURES):
             sizes = [n for n in budget["sm"][arch] if n == name or n.startswith(f"{name} ")]
+            if not sizes:
+                cells.append("–")
+                continue
             largest = max(sizes, key=lambda n: int(re.sub(r"\D", "", n.split()[-1]) or 0))
             found = budget["sm"][arch][largest]
             size = largest.split()[-1] if name[:2] != "co" and largest != name else ""

@@ -49,7 +49,11 @@ def small_tiles(monkeypatch):
     use_tiles(monkeypatch, 32)
     monkeypatch.setattr(grams, "splits_for", lambda tiles, steps, _: min(steps, 2))
     empty = torch.empty
-    poisoned = lambda *a, **k: empty(*a, **k).fill_(math.nan)  # noqa: E731
+
+    def poisoned(*arguments, **options):
+        made = empty(*arguments, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
