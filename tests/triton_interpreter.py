@@ -328,6 +328,26 @@ def test_tf32_on_request():
     assert g[0, 1] == 1 or abs(g[0, 1] - 1) < 3e-7
 
 
+def test_search(monkeypatch):
+    """Every candidate is launched with the call's own arguments, and the best gives the result."""
+    z = features("gaussian", 40, 33)
+    plain = run(partial(fast, entropy(2.0)), z, torch.tensor(1.0))
+    seen = []
+
+    def seconds(launch):
+        seen.append(launch())
+        return len(seen)
+
+    monkeypatch.setattr(configs, "AUTOTUNE", True)
+    monkeypatch.setattr(configs, "_found", {})
+    monkeypatch.setattr(configs, "seconds", seconds)
+    monkeypatch.setattr(configs, "CANDIDATES", (configs.Config(16, 16, 4, 1),))
+    found = run(partial(fast, entropy(2.0)), z, torch.tensor(1.0))
+    assert len(seen) == 4 and len(configs._found) == 2  # Gram matrix and gradient
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+    torch.testing.assert_close(seen[0], seen[1])
+
+
 # --------------------------------------------------------------------------------------------------
 # Memory
 
