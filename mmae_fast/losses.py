@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from .coding_rates import coding_rate_reduction, emp_ssl_tcr
 from .distributed import Shards, over_ranks
 from .ops import (
     fast_coding_rate,
-    fast_gram,
     fast_matrix_entropy,
     reduced_coding_rate,
     reduced_gram,
@@ -94,16 +94,18 @@ def uniformity_loss(
 ) -> Tensor:
     """Mean squared cosine similarity of all pairs ([2], the regulariser of U-MAE).
 
-    Equivalent to ``(Ẑ Ẑᵀ).square().mean((-2, -1))``, and equal to ``exp(-H_2(Ẑ))`` when no row is
-    zero: for unit rows the trace of the Gram matrix is n, so ``H_2 = -log(||G||² / n²)``. It is
-    computed as a sum of squares on the smaller Gram matrix.
+    Equivalent to ``(Ẑ Ẑᵀ).square().mean((-2, -1))``, and computed as ``(m/n)² exp(-H_2(Ẑ))``, m the
+    number of rows that are not zero: for unit rows the trace of the Gram matrix is m, so
+    ``H_2 = -log(||G||² / m²)``, which takes neither a factor nor, without a gradient, G itself.
 
     Args:
         z: features, shape ``(..., n, d)``.
         process_group, grad_scale, backend: see :func:`mmae_fast.fast_matrix_entropy`.
     Returns: shape ``(...)``, float32 (float64 for float64 input), dimensionless.
     """
-    return fast_gram(z, backend=backend).square().sum((-2, -1)) / z.shape[-2] ** 2
+    concentration = (-fast_matrix_entropy(z, 2.0, backend=backend)).exp()
+    rows = (torch.linalg.vector_norm(z.detach(), 0, dim=-1) > 0).sum(-1)
+    return concentration * (rows.to(concentration.dtype).square() / z.shape[-2] ** 2)
 
 
 class MatrixEntropyRegularizer(nn.Module):
