@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmae_fast import fast_coding_rate, fast_gram, fast_matrix_entropy, reference
+from mmae_fast import fast_coding_rate, fast_gram, fast_matrix_entropy, operators, reference
 
 BACKENDS = ("cpu", "torch")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -255,6 +255,35 @@ def check(q: Quantity, z: Tensor, *, need_grad: bool = True, backends=BACKENDS, 
     options = rows | ({"mask": "..."} if "mask" in rows else {})
     about = f"{q.kind}({q.parameter}) {tuple(z.shape)} {z.dtype} {options}"
     assert not failures, "\n".join([about, *failures])
+
+
+def by_operator(q: Quantity, z: Tensor, backend: str, normalize=True, center=False, mask=None):
+    """q by a GPU's backend on CPU tensors, emulated or interpreted: past the public function."""
+    if q.kind == "gram":
+        return operators.gram(z, mask, q.parameter == "samples", normalize, center, backend)[0]
+    op = operators.coding_rate if q.kind == "coding_rate" else operators.matrix_entropy
+    return op(z, mask, float(q.parameter), normalize, center, z.requires_grad, backend)[0]
+
+
+def check_operator(q: Quantity, z: Tensor, backend: str, need_grad: bool = True, **rows) -> None:
+    """The rule for by_operator: value, with and without the weight, and gradient."""
+    truth, cotangent, value_allowed, grad_allowed = expected(q, z, rows, need_grad)
+    dims = 2 if q.kind == "gram" else 0
+    call = partial(by_operator, q, backend=backend, **rows)
+    results = []
+    if q.kind != "gram" or not need_grad:  # there is no weight to a Gram matrix
+        results.append(("value", run(call, z, None)[0], truth.value, value_allowed))
+    if need_grad:
+        value, grad = run(call, z, cotangent)
+        assert grad.dtype == z.dtype
+        results.append(("value with weight", value, truth.value, value_allowed))
+        results.append(("gradient", grad, truth.grad, grad_allowed))
+    for name, got, wanted, allowed in results:
+        assert got.shape == wanted.shape
+        error = largest(got.double() - wanted, 2 if name == "gradient" else dims)
+        assert (error <= allowed).all() and error.isfinite().all(), (
+            f"{name} of {q}, {tuple(z.shape)} {z.dtype} {rows}: {error} allowed {allowed}"
+        )
 
 
 def features(kind: str, *shape: int, dtype=torch.float32, seed: int = 0) -> Tensor:

@@ -19,6 +19,8 @@ from mmae_fast.objective import build_objective
 from mmae_fast.runs import read_metrics
 from mmae_fast.step import TrainingStep
 
+from .together import Silent
+
 ALONE = World(torch.device("cpu"))
 MODEL = ModelConfig(
     patch_size=2,
@@ -167,17 +169,6 @@ def test_the_host_reads_nothing(monkeypatch):
 
 
 # --- In a training -------------------------------------------------------------------------------
-
-
-class Silent:
-    def start(self, total, done=0):
-        pass
-
-    def advance(self, units=1):
-        pass
-
-    def say(self, note):
-        pass
 
 
 @pytest.fixture

@@ -22,9 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
-from mmae_fast import dispatch, information_operators, operators, reference, triton_backend
+from mmae_fast import dispatch, information_operators, reference, triton_backend
 
-from .accuracy import coding_rate, entropy, expected, features, gram, largest, run
+from .accuracy import (
+    by_operator,
+    check_operator,
+    coding_rate,
+    entropy,
+    features,
+    gram,
+    run,
+)
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1: these are CPU tensors"
 
@@ -57,33 +65,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def fast(q, z, normalize=True, center=False, mask=None, backend="triton"):
-    need = z.requires_grad
-    if q.kind == "gram":
-        return operators.gram(z, mask, q.parameter == "samples", normalize, center, backend)[0]
-    op = operators.coding_rate if q.kind == "coding_rate" else operators.matrix_entropy
-    return op(z, mask, float(q.parameter), normalize, center, need, backend)[0]
-
-
-def check(q, z, need_grad=True, **rows):
-    """The rule of accuracy.py for value (with and without the weight) and gradient."""
-    truth, cotangent, value_allowed, grad_allowed = expected(q, z, rows, need_grad)
-    dims = 2 if q.kind == "gram" else 0
-    results = []
-    if q.kind != "gram" or not need_grad:
-        value = run(partial(fast, q, **rows), z, None)[0]
-        results.append(("value", value, truth.value, value_allowed))
-    if need_grad:
-        value, grad = run(partial(fast, q, **rows), z, cotangent)
-        assert grad.dtype == z.dtype
-        results.append(("value with weight", value, truth.value, value_allowed))
-        results.append(("gradient", grad, truth.grad, grad_allowed))
-    for name, got, wanted, allowed in results:
-        assert got.shape == wanted.shape
-        error = largest(got.double() - wanted, 2 if name == "gradient" else dims)
-        assert (error <= allowed).all() and error.isfinite().all(), (
-            f"{name} of {q}, {tuple(z.shape)} {z.dtype} {rows}: {error} allowed {allowed}"
-        )
+fast = partial(by_operator, backend="triton")
+check = partial(check_operator, backend="triton")
 
 
 def mask_of(z):

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmae_fast import cuda_backend, operators, reference
+from mmae_fast import cuda_backend, reference
 
-from ..accuracy import expected, largest, run
+from ..accuracy import by_operator, check_operator
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -184,27 +184,5 @@ def emulated(monkeypatch):
     return operators_of_host
 
 
-def fast(q, z, normalize=True, center=False, mask=None):
-    need = z.requires_grad
-    if q.kind == "gram":
-        return operators.gram(z, mask, q.parameter == "samples", normalize, center, "cuda")[0]
-    op = operators.coding_rate if q.kind == "coding_rate" else operators.matrix_entropy
-    return op(z, mask, float(q.parameter), normalize, center, need, "cuda")[0]
-
-
-def check(q, z, need_grad=True, **rows):
-    """The rule of accuracy.py for value (with and without the weight) and gradient."""
-    truth, cotangent, value_allowed, grad_allowed = expected(q, z, rows, need_grad)
-    dims = 2 if q.kind == "gram" else 0
-    results = [("value", run(partial(fast, q, **rows), z, None)[0], truth.value, value_allowed)]
-    if need_grad:
-        value, grad = run(partial(fast, q, **rows), z, cotangent)
-        assert grad.dtype == z.dtype
-        results.append(("value with weight", value, truth.value, value_allowed))
-        results.append(("gradient", grad, truth.grad, grad_allowed))
-    for name, got, wanted, allowed in results:
-        assert got.shape == wanted.shape
-        error = largest(got.double() - wanted, 2 if name == "gradient" else dims)
-        assert (error <= allowed).all() and error.isfinite().all(), (
-            f"{name} of {q}, {tuple(z.shape)} {z.dtype} {rows}: {error} allowed {allowed}"
-        )
+fast = partial(by_operator, backend="cuda")
+check = partial(check_operator, backend="cuda")
