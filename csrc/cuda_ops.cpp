@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& z, const std::optional<Ten
 }
 
 Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tensor>& mask,
-                  const Tensor& weight, bool normalize, bool center) {
+                  const Tensor& weight, bool normalize, bool center, bool tf32) {
   const Features f = describe(z, mask, normalize, center);
   const ScalarType type = accumulation_type(z);
   if (!f.samples()) check_order(f.d, cuda::max_columns(), "cuda_weight_bwd");
@@ -138,7 +138,7 @@ Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tenso
   if (grad_z.numel() > 0)
     check_launch(cuda::weight_bwd(f, grad.const_data_ptr(), weight.const_data_ptr(),
                                   scale.mutable_data_ptr(), mean.mutable_data_ptr(),
-                                  grad_z.mutable_data_ptr(), queue_of(z)),
+                                  grad_z.mutable_data_ptr(), tf32, queue_of(z)),
                  "cuda_weight_bwd");
   return grad_z;
 }
@@ -191,7 +191,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
       "(Tensor gram, Tensor scale, Tensor mean)");
   m.def(
       "cuda_weight_bwd(Tensor grad, Tensor z, Tensor? mask, Tensor weight, bool normalize, "
-      "bool center) -> Tensor");
+      "bool center, bool tf32) -> Tensor");
   m.def("cuda_eigh_(Tensor(a!) a, bool vectors) -> (Tensor lam, Tensor info)");
   m.def("cuda_has_solver() -> bool");
   m.def("cuda_max_order(bool is_rate, float alpha, bool is_double, int device) -> int");

@@ -14,9 +14,10 @@ docs/cuda.md, and :func:`limits` says those of a device. Up to k = 128 (float64:
 from features to coding rate or alpha = 2 and weight; everything else goes by way of the Gram
 matrix.
 
-Gram matrices are made by tensor cores: float32 in three TF32 products at full accuracy, in one
-where precision "high" or "medium" permits it (:func:`at`); 16-bit features in one, exactly, on the
-samples side. The fused kernel, every gradient and float64 do without them.
+Features are multiplied by tensor cores, in Gram matrices and gradients: float32 in three TF32
+products at full accuracy, in one where precision "high" or "medium" permits it (:func:`at`); 16-bit
+features in one, exactly, in Gram matrices of the samples side, in two with the float32 weight of a
+gradient. float64 does without them.
 
 The compiled kernels only enqueue work on the current stream: no host synchronisation, nothing that
 depends on values, so that CUDA graphs can capture them; and they are bitwise reproducible. Neither
@@ -140,32 +141,33 @@ def limits(is_double: bool = False, device: int = 0) -> dict[str, int]:
     }
 
 
-def samples_bwd(grad, z, mask, weight):
+def samples_bwd(grad, z, mask, weight, tf32=False):
     if z.shape[-2] > z.shape[-1]:
         return torch_backend.samples_bwd(grad, z, mask, weight)
-    return weight_bwd(grad, z, mask, weight, True, False)
+    return weight_bwd(grad, z, mask, weight, True, False, tf32)
 
 
-def weight_bwd(grad, z, mask, weight, normalize, center):
+def weight_bwd(grad, z, mask, weight, normalize, center, tf32=False):
     if compiled(z, min(z.shape[-2:])):
         grad, weight = grad.contiguous(), weight.contiguous()
-        return _ops.cuda_weight_bwd(grad, z, mask, weight, normalize, center)
+        return _ops.cuda_weight_bwd(grad, z, mask, weight, normalize, center, tf32)
     return torch_backend.weight_bwd(grad, z, mask, weight, normalize, center)
 
 
-def gram_bwd(grad, z, mask, parts, samples, normalize, center):
+def gram_bwd(grad, z, mask, parts, samples, normalize, center, tf32=False):
     smaller = samples == (z.shape[-2] <= z.shape[-1])
     if not smaller or not compiled(z, min(z.shape[-2:])):
         return torch_backend.gram_bwd(grad, z, mask, parts, samples, normalize, center)
     v = (grad + grad.mT) / 2
     weight = torch_backend.fold(v, parts, z, mask, samples, normalize, center)
-    return weight_bwd(weight.new_ones(z.shape[:-2]), z, mask, weight, normalize, center)
+    return weight_bwd(weight.new_ones(z.shape[:-2]), z, mask, weight, normalize, center, tf32)
 
 
 def at(precision: str) -> SimpleNamespace:
     """This module at another of PyTorch's words for the precision of float32 products."""
     own = dict(globals())
     if precision != "highest":
-        for function in (gram, coding_rate_fwd, matrix_entropy_fwd, joint_entropy_fwd):
+        functions = (gram, coding_rate_fwd, matrix_entropy_fwd, joint_entropy_fwd)
+        for function in (*functions, samples_bwd, weight_bwd, gram_bwd):
             own[function.__name__] = functools.partial(function, tf32=True)
     return SimpleNamespace(**own)

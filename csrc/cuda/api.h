@@ -16,7 +16,7 @@ struct Queue {
 struct Measure {
   bool is_rate;
   double scale, alpha;
-  bool tf32;  // whether float32 rows may be rounded to TF32 in the Gram matrix
+  bool tf32;  // whether the Gram matrix may be made of rows rounded to TF32
 };
 
 // Largest k = min(n, d) that measure() takes on this device, and order that gram_entropy() takes.
@@ -42,9 +42,9 @@ const char* gram_entropy(DType dtype, int64_t batch, int64_t k, const void* g, d
 const char* gram(const Features&, bool samples, bool tf32, void* gram, void* scale, void* mean,
                  Queue);
 // grad (batch), weight (batch, k, k) → grad_z (batch, n, d) in z's type. scale (batch, n) and mean
-// (batch, d) are scratch for the features side.
+// (batch, d) are scratch for the features side. tf32: whether weight and rows may be rounded to TF32.
 const char* weight_bwd(const Features&, const void* grad, const void* weight, void* scale,
-                       void* mean, void* grad_z, Queue);
+                       void* mean, void* grad_z, bool tf32, Queue);
 
 // Whether the vendor's batched eigensolver is loaded in this process.
 bool has_solver();

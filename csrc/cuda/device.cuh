@@ -84,6 +84,38 @@ MMAE_DEVICE float bits_float(uint32_t x) {
 #endif
 }
 
+// 16 bytes at an address that is a multiple of 16.
+MMAE_DEVICE void load_vector(const void* p, uint32_t (&words)[4]) {
+#ifdef __CUDACC__
+  const uint4 x = *static_cast<const uint4*>(p);
+  words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+#else
+  emulation::load_vector(p, words);
+#endif
+}
+
+// Words at, at + 1, at + 2, at + 3 of shared memory; at is a multiple of 4.
+MMAE_DEVICE void store_vector(Shared<uint32_t> out, int at, const uint32_t (&words)[4]) {
+#ifdef __CUDACC__
+  *reinterpret_cast<uint4*>(out + at) = make_uint4(words[0], words[1], words[2], words[3]);
+#else
+  MMAE_ASSERT(at % 4 == 0);
+  for (int e = 0; e < 4; ++e) out[at + e] = words[e];
+#endif
+}
+
+// Two bfloat16 numbers times a third.
+MMAE_DEVICE uint32_t multiply_pair(uint32_t pair, float factor) {
+#ifdef __CUDACC__
+  uint32_t product;
+  const __nv_bfloat162 x = *reinterpret_cast<const __nv_bfloat162*>(&pair);
+  *reinterpret_cast<__nv_bfloat162*>(&product) = __hmul2(x, __float2bfloat162_rn(factor));
+  return product;
+#else
+  return emulation::multiply_pair(pair, factor);
+#endif
+}
+
 // Neither NaN nor Inf.
 MMAE_DEVICE bool is_finite(double x) { return x - x == 0; }
 

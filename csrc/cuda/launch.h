@@ -28,12 +28,44 @@ inline bool is_fused(Measure m, int64_t k, bool is_double) {
   return (m.is_rate || m.alpha == 2) && k <= (is_double ? kMaxOrderDouble : kMaxOrderFloat);
 }
 
+// 16-bit numbers are TF32 numbers, and products of theirs are float32 numbers.
+inline bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+// How a Gram matrix is made. tf32: permission to round float32 operands.
+inline Unit gram_unit(const Features& f, bool samples) {
+  return f.dtype == DType::kFloat64                         ? Unit::kDouble
+         : samples && !f.center && is_16_bit(f.dtype) ? Unit::kPairs
+                                                            : Unit::kFloat;
+}
+
+template <int R, int C>
+using Split = WarpTile<kSplit, kSplit, R, C>;
+template <int R, int C>
+using Rounded = WarpTile<kRounded, kRounded, R, C>;
+
+// Which kernel, templates so that only who launches one compiles it.
+template <class T>
+auto spectral_kernel_of(const SpectralPlan& plan, Unit unit, bool tf32) {
+  if constexpr (sizeof(T) == 8) {
+    constexpr int kLarge = spectral_plan(kMaxOrderDouble, Unit::kDouble, true).tile;
+    return plan.tile == 4 ? spectral_kernel<T, ThreadTile<T, 4, 4>>
+                          : spectral_kernel<T, ThreadTile<T, kLarge, kLarge>>;
+  } else if (plan.width == 128) {
+    return unit == Unit::kPairs ? spectral_kernel<T, PairTile<4, 4>>
+           : tf32               ? spectral_kernel<T, Rounded<4, 4>>
+                                : spectral_kernel<T, Split<4, 4>>;
+  } else {
+    return unit == Unit::kPairs ? spectral_kernel<T, PairTile<2, 2>>
+           : tf32               ? spectral_kernel<T, Rounded<2, 2>>
+                                : spectral_kernel<T, Split<2, 2>>;
+  }
+}
+
 template <class T, class L>
 void launch_fused(L& launch, const Features& f, Measure m, T* value, T* weight) {
-  constexpr bool is_double = sizeof(T) == 8;
-  const SpectralPlan plan = spectral_plan(f.k(), is_double);
-  const auto kernel = plan.tile == 4 ? spectral_kernel<T, 4>
-                                     : spectral_kernel<T, spectral_plan(65, is_double).tile>;
+  const Unit unit = gram_unit(f, f.samples());
+  const SpectralPlan plan = spectral_plan(f.k(), unit, f.samples());
+  const auto kernel = spectral_kernel_of<T>(plan, unit, m.tf32);
   const Quantity quantity = m.is_rate ? Quantity::kCodingRate : Quantity::kRenyi2;
   launch(kernel, f.batch, plan.threads, plan.shared_bytes, f, plan, quantity, m.scale, value,
          weight);
@@ -51,12 +83,14 @@ void launch_row_mean(L& launch, const Features& f, const T* scale, T* mean) {
          mean);
 }
 
-// 16-bit numbers are TF32 numbers, so one pass multiplies them as they are.
-inline bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
-
-inline auto gram_kernel_of(double*, bool) { return gram_kernel<double, ThreadTile<double>>; }
-inline auto gram_kernel_of(float*, bool one_pass) {
-  return one_pass ? gram_kernel<float, WarpTile<1>> : gram_kernel<float, WarpTile<3>>;
+template <class T>
+auto gram_kernel_of(Unit unit, bool tf32) {
+  if constexpr (sizeof(T) == 8)
+    return gram_kernel<T, ThreadTile<T, 4, 4>>;
+  else
+    return unit == Unit::kPairs ? gram_kernel<T, PairTile<2, 2>>
+           : tf32               ? gram_kernel<T, Rounded<2, 2>>
+                                : gram_kernel<T, Split<2, 2>>;
 }
 
 // tf32: permission to round float32 operands. common: null, or (batch), which makes the scale of
@@ -71,11 +105,11 @@ void launch_gram(L& launch, const Features& f, bool samples, T* gram, T* scale, 
   else
     launch_row_scale<T>(launch, f, scale);
   launch_row_mean<T>(launch, f, scale, mean);
-  const bool exact = samples && !f.center && is_16_bit(f.dtype);
-  const ProductPlan plan = product_plan(sizeof(T) == 8, sizeof(T) == 4);
-  const auto kernel = gram_kernel_of(static_cast<T*>(nullptr), exact || tf32);
+  const Unit unit = gram_unit(f, samples);
+  const ProductPlan plan = product_plan(unit, samples, samples);
+  const auto kernel = gram_kernel_of<T>(unit, tf32);
   launch(kernel, f.batch * tiles * tiles, ProductPlan::kThreads, plan.shared_bytes, f, plan,
-         samples, exact, static_cast<const T*>(scale), applied, gram);
+         samples, static_cast<const T*>(scale), applied, gram);
 }
 
 // Of ready Gram matrices: value (batch), weight (batch, k, k) or null. k: their order.
@@ -125,27 +159,53 @@ void launch_measure(L& launch, const Features& f, Measure m, T* value, T* weight
   launch_of_gram<T>(launch, f, in, f.k(), m, value, weight);
 }
 
+// W' Z and Ẑ W': Z of 16 bits enters whole, so that only W' is split; Ẑ likewise where it is Z up to
+// powers of two.
+template <class T>
+auto samples_bwd_kernel_of(DType dtype, bool tf32) {
+  if constexpr (sizeof(T) == 8)
+    return samples_bwd_kernel<T, ThreadTile<T, 4, 4>>;
+  else
+    return tf32               ? samples_bwd_kernel<T, Rounded<2, 2>>
+           : is_16_bit(dtype) ? samples_bwd_kernel<T, WarpTile<kSplit, kWhole, 2, 2>>
+                              : samples_bwd_kernel<T, Split<2, 2>>;
+}
+
+template <class T>
+auto features_bwd_kernel_of(const RowsPlan& plan, bool whole, bool tf32) {
+  if constexpr (sizeof(T) == 8)
+    return plan.width == 256 ? features_bwd_kernel<T, ThreadTile<T, 2, 16>>
+                             : features_bwd_kernel<T, ThreadTile<T, 2, 6>>;
+  else if (plan.width == 256)
+    return tf32    ? features_bwd_kernel<T, Rounded<2, 4>>
+           : whole ? features_bwd_kernel<T, WarpTile<kWhole, kSplit, 2, 4>>
+                   : features_bwd_kernel<T, Split<2, 4>>;
+  else
+    return tf32    ? features_bwd_kernel<T, Rounded<2, 2>>
+           : whole ? features_bwd_kernel<T, WarpTile<kWhole, kSplit, 2, 2>>
+                   : features_bwd_kernel<T, Split<2, 2>>;
+}
+
 template <class T, class L>
 void launch_weight_bwd(L& launch, const Features& f, const T* grad, const T* weight, T* scale,
-                       T* mean, void* grad_z) {
-  constexpr bool is_double = sizeof(T) == 8;
+                       T* mean, void* grad_z, bool tf32) {
+  const Unit unit = sizeof(T) == 8 ? Unit::kDouble : Unit::kFloat;
   if (f.samples()) {
-    const ProductPlan plan = product_plan(is_double, false);
+    const ProductPlan plan = product_plan(unit, true, false);
     const int64_t tiles = ceil_div(f.n, ProductPlan::kTile) * ceil_div(f.d, ProductPlan::kTile);
-    launch(samples_bwd_kernel<T>, f.batch * tiles, ProductPlan::kThreads, plan.shared_bytes, f,
-           plan, grad, weight, grad_z);
+    launch(samples_bwd_kernel_of<T>(f.dtype, tf32), f.batch * tiles, ProductPlan::kThreads,
+           plan.shared_bytes, f, plan, grad, weight, grad_z);
     return;
   }
-  const RowsPlan plan = rows_plan(f.d, is_double);
+  const RowsPlan plan = rows_plan(f.d, unit);
   const T* applied = f.center ? mean : nullptr;
   launch_row_scale<T>(launch, f, scale);
   if (f.center) launch_row_mean<T>(launch, f, scale, mean);
   if (f.d == 0) return;
-  const auto kernel = rows_tile(f.d, is_double) == 16
-                          ? features_bwd_kernel<T, 16>
-                          : features_bwd_kernel<T, rows_tile(1, is_double)>;
-  launch(kernel, f.batch * ceil_div(f.n, RowsPlan::kRows), RowsPlan::kThreads, plan.shared_bytes, f,
-         plan, grad, weight, static_cast<const T*>(scale), applied, grad_z);
+  const bool whole = !f.center && is_16_bit(f.dtype);
+  launch(features_bwd_kernel_of<T>(plan, whole, tf32),
+         f.batch * ceil_div(f.n, RowsPlan::kRows), RowsPlan::kThreads, plan.shared_bytes, f, plan,
+         grad, weight, static_cast<const T*>(scale), applied, grad_z);
 }
 
 }  // namespace cuda

@@ -34,15 +34,55 @@ struct Layout {
   }
 };
 
-// Fused kernel: one block per matrix. side x side threads, each with tile x tile entries of G.
+// How a block multiplies: float64 by threads; float32 by warps, as TF32 numbers; 16-bit numbers by
+// warps, two to a word.
+enum class Unit { kDouble, kFloat, kPairs };
+
+constexpr bool by_warps(Unit unit) { return unit != Unit::kDouble; }
+constexpr int word_bytes(Unit unit) { return unit == Unit::kDouble ? 8 : 4; }
+// Words, and numbers, of a row or column in a staged step.
+constexpr int depth_of(Unit unit) { return unit == Unit::kDouble ? 16 : 32; }
+constexpr int numbers_of(Unit unit) { return depth_of(unit) * (unit == Unit::kPairs ? 2 : 1); }
+
+// A staged operand: entry (step p, row or column i) is word p * step + i * row of `count` words at
+// byte `offset`.
+struct Stage {
+  int offset, count, step, row;
+  constexpr int at(int p, int i) const { return p * step + i * row; }
+};
+
+// Of depth x width entries that lie in global memory along the steps, or along i: neighbours there
+// are neighbours here, so that they are written to different banks. A warp reads entries (p + q, i +
+// g), g = lane / 4, q = lane % 4: with a row of 4 words more than a multiple of 32, or a step of 8
+// more, banks 4 g + q or 8 q + g, all different. Threads read neighbours in i; their odd step lets
+// neighbours in p be written.
+constexpr Stage stage_of(Layout& layout, Unit unit, int width, int depth, bool along_steps) {
+  Stage s{};
+  if (by_warps(unit)) {
+    const int padded = int(ceil_div(depth, 32)) * 32 + 4;
+    s.step = along_steps ? 1 : width + 8;
+    s.row = along_steps ? padded : 1;
+    s.count = along_steps ? width * padded : depth * (width + 8);
+  } else {
+    s.step = width + 1;
+    s.row = 1;
+    s.count = depth * (width + 1);
+  }
+  s.offset = layout.take(s.count, word_bytes(unit));
+  return s;
+}
+
+// Fused kernel: one block per matrix. G is made by side x side threads, each with tile x tile
+// entries, or by their warps, with 32 x 16 entries each (width = 128: 64 x 32).
 struct SpectralPlan {
-  int k, ld;         // order; odd leading dimension of the k x ld square (ld > k)
-  int side, tile;    // side * tile >= k
-  int width, depth;  // a staged step of the product: depth x (width + 1), width = side * tile
+  int k, ld;       // order; odd leading dimension of the k x ld square (ld > k)
+  int side, tile;  // side * tile >= k
+  int width;       // side * tile
+  int depth;       // numbers per row of a staged step
   int threads;
   // Byte offsets of the arrays in shared memory, T but for `partial`.
   int square;   // (k, ld): lower triangle A, then -A⁻¹ or V; G_ij, i <= j, at column j + 1
-  int stage;    // (depth, width + 1)
+  Stage stage;
   int scale;    // (max(k, depth)): of all rows (samples side), of the staged rows (features side)
   int keep;     // (max(k, depth)): 1 for rows that the mask keeps, else 0; rows as in scale
   int mean;     // (max(k, depth)): mean row; on the samples side the part of the staged columns
@@ -53,21 +93,22 @@ struct SpectralPlan {
   int shared_bytes;
 };
 
-constexpr SpectralPlan spectral_plan(int64_t order, bool is_double) {
+constexpr SpectralPlan spectral_plan(int64_t order, Unit unit, bool samples) {
   SpectralPlan p{};
+  const bool is_double = unit == Unit::kDouble;
   const int size = is_double ? 8 : 4;
   p.k = int(order);
   p.ld = p.k + 1 + p.k % 2;
   p.side = order <= 32 ? 8 : 16;
   p.tile = order <= 64 ? 4 : is_double ? 6 : 8;
   p.width = p.side * p.tile;
-  p.depth = is_double ? 16 : 32;
+  p.depth = numbers_of(unit);
   p.threads = p.side * p.side;
   const int rows = p.k > p.depth ? p.k : p.depth;
   Layout layout;
   p.partial = layout.take(p.threads / kWarp, 8);
   p.square = layout.take(int64_t(p.k) * p.ld, size);
-  p.stage = layout.take(int64_t(p.depth) * (p.width + 1), size);
+  p.stage = stage_of(layout, unit, p.width, depth_of(unit), samples);
   p.scale = layout.take(rows, size);
   p.keep = layout.take(rows, size);
   p.mean = layout.take(rows, size);
@@ -78,8 +119,10 @@ constexpr SpectralPlan spectral_plan(int64_t order, bool is_double) {
   return p;
 }
 
-static_assert(spectral_plan(kMaxOrderFloat, false).shared_bytes <= kSharedBudget);
-static_assert(spectral_plan(kMaxOrderDouble, true).shared_bytes <= kSharedBudget);
+static_assert(spectral_plan(kMaxOrderFloat, Unit::kFloat, true).shared_bytes <= kSharedBudget);
+static_assert(spectral_plan(kMaxOrderFloat, Unit::kFloat, false).shared_bytes <= kSharedBudget);
+static_assert(spectral_plan(kMaxOrderFloat, Unit::kPairs, true).shared_bytes <= kSharedBudget);
+static_assert(spectral_plan(kMaxOrderDouble, Unit::kDouble, true).shared_bytes <= kSharedBudget);
 
 // Coding rate and Rényi-2 of ready Gram matrices, one block per matrix.
 constexpr int kPackedThreads = 512;
@@ -156,7 +199,10 @@ constexpr JacobiPlan jacobi_plan(int64_t order, bool is_double) {
 enum class Kernel { kSpectral, kPackedRate, kPackedRenyi2, kJacobi };
 
 constexpr int shared_bytes(Kernel kernel, int64_t order, bool is_double) {
-  return kernel == Kernel::kSpectral ? spectral_plan(order, is_double).shared_bytes
+  const Unit unit = is_double ? Unit::kDouble : Unit::kFloat;
+  const int samples = spectral_plan(order, unit, true).shared_bytes;
+  const int features = spectral_plan(order, unit, false).shared_bytes;
+  return kernel == Kernel::kSpectral ? (samples > features ? samples : features)
          : kernel == Kernel::kJacobi
              ? jacobi_plan(order, is_double).shared_bytes
              : packed_plan(order, is_double, kernel == Kernel::kPackedRate).shared_bytes;
@@ -178,60 +224,57 @@ static_assert(max_order(Kernel::kJacobi, false, 163 * 1024) >= 192);
 static_assert(max_order(Kernel::kJacobi, false, kSharedBudget) >= 128);
 static_assert(max_order(Kernel::kJacobi, true, kSharedBudget) >= 96);
 
-// Tiled products: kTile x kTile outputs per block, 16 per thread: by 16 x 16 threads with 4 x 4
-// entries each, or by 8 warps in tensor cores (tiles.cuh).
+// Tiled products: kTile x kTile outputs per block, by 16 x 16 threads with 4 x 4 entries each, or by
+// 8 warps with 32 x 16 each.
 struct ProductPlan {
-  static constexpr int kTile = 64, kSide = 16, kRegister = 4, kThreads = kSide * kSide;
-  static constexpr int kThreadStride = kTile + 1, kWarpDepth = 32;
-  int depth;        // of a staged step
-  int count;        // entries of a staged operand
-  int left, right;  // byte offsets
+  static constexpr int kTile = 64, kSide = 16, kThreads = kSide * kSide;
+  int depth;  // numbers per row of a staged step
+  Stage left, right;
   int shared_bytes;
 };
 
-constexpr ProductPlan product_plan(bool is_double, bool by_warps) {
+constexpr ProductPlan product_plan(Unit unit, bool left_along_steps, bool right_along_steps) {
   ProductPlan p{};
-  const int size = is_double ? 8 : 4;
-  p.depth = by_warps ? ProductPlan::kWarpDepth : is_double ? 16 : 32;
-  p.count = by_warps ? ProductPlan::kTile * (ProductPlan::kWarpDepth + 4)
-                     : p.depth * ProductPlan::kThreadStride;
+  p.depth = numbers_of(unit);
   Layout layout;
-  p.left = layout.take(p.count, size);
-  p.right = layout.take(p.count, size);
+  p.left = stage_of(layout, unit, ProductPlan::kTile, depth_of(unit), left_along_steps);
+  p.right = stage_of(layout, unit, ProductPlan::kTile, depth_of(unit), right_along_steps);
   p.shared_bytes = layout.bytes;
   return p;
 }
 
-// Either layout of a step of a warp's operands has the same size.
-static_assert(ProductPlan::kTile * (ProductPlan::kWarpDepth + 4) ==
-              ProductPlan::kWarpDepth * (ProductPlan::kTile + 8));
-
-// Features side of the backward pass: kRows whole rows per block.
+// Features side of the backward pass: kRows whole rows per block, by 16 x 16 threads with 2 x tile
+// entries each, or by 8 warps with all rows of an eighth of the columns each.
 struct RowsPlan {
   static constexpr int kRows = 32, kSide = 16, kThreads = kSide * kSide;
-  int width, depth;  // staged step of W': depth x (width + 1); width >= d
-  int x, w;          // byte offsets: x (d, kRows + 1), w (depth, width + 1)
+  int width, depth;  // columns, at least d; rows of a staged step of W'
+  int steps;         // columns of the staged rows: d, filled up to a multiple of depth
+  int across;        // warps that share a row
+  Stage x, w;        // x (steps, kRows), w (depth, width)
+  int partial;       // (across, kRows) float64
   int shared_bytes;
 };
 
-constexpr int rows_tile(int64_t d, bool is_double) {
-  return d <= (is_double ? kMaxOrderDouble : kMaxOrderFloat) ? (is_double ? 6 : 8) : 16;
+constexpr int rows_width(int64_t d, bool is_double) {
+  return d > (is_double ? kMaxOrderDouble : kMaxOrderFloat) ? 256 : is_double ? 96 : 128;
 }
 
-constexpr RowsPlan rows_plan(int64_t d, bool is_double) {
+constexpr RowsPlan rows_plan(int64_t d, Unit unit) {
   RowsPlan p{};
-  const int size = is_double ? 8 : 4;
-  p.width = RowsPlan::kSide * rows_tile(d, is_double);
-  p.depth = is_double ? 16 : 32;
+  p.width = rows_width(d, unit == Unit::kDouble);
+  p.depth = depth_of(unit);
+  p.steps = int(ceil_div(d, p.depth)) * p.depth;
+  p.across = by_warps(unit) ? RowsPlan::kThreads / kWarp : 1;
   Layout layout;
-  p.x = layout.take(d * (RowsPlan::kRows + 1), size);
-  p.w = layout.take(int64_t(p.depth) * (p.width + 1), size);
+  p.x = stage_of(layout, unit, RowsPlan::kRows, p.steps, true);
+  p.w = stage_of(layout, unit, p.width, p.depth, false);
+  p.partial = layout.take(p.across * RowsPlan::kRows, 8);
   p.shared_bytes = layout.bytes;
   return p;
 }
 
-static_assert(rows_plan(kMaxOrder, false).shared_bytes <= kSharedBudget);
-static_assert(rows_plan(kMaxOrder, true).shared_bytes <= kSharedBudget);
+static_assert(rows_plan(kMaxOrder, Unit::kFloat).shared_bytes <= kSharedBudget);
+static_assert(rows_plan(kMaxOrder, Unit::kDouble).shared_bytes <= kSharedBudget);
 
 }  // namespace cuda
 }  // namespace mmae

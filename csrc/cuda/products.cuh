@@ -10,7 +10,8 @@
 //
 // Ẑ is never written: rows are scaled and centred on their way into shared memory, and the
 // projection is an epilogue on the accumulators. gram computes the tiles of one triangle and writes
-// each twice, so that the result is exactly symmetric. Sums run in two levels (kFlushDepth).
+// each twice, so that the result is exactly symmetric. How a block multiplies is a policy (tiles.cuh);
+// sums run in two levels (kFlush).
 #pragma once
 #include "rows.cuh"
 #include "tiles.cuh"
@@ -97,21 +98,30 @@ __global__ void __launch_bounds__(kMaxThreads)
   mean[index * f.d + j] = count > 0 ? T(sum / count) : T(0);
 }
 
-// The power of two within a scale, which a 16-bit number can be multiplied by without rounding.
-MMAE_DEVICE float power_of_two_in(float scale) {
-  const float power = bits_float(float_bits(scale) & 0x7f800000u);
-  return power > 0 ? power : scale;
-}
-MMAE_DEVICE double power_of_two_in(double scale) { return scale; }
+// A tile of a product with the second level of its sums.
+template <class Tile>
+struct Summed {
+  using T = std::remove_reference_t<decltype(std::declval<Tile&>().sum(0))>;
+  Tile tile;
+  T total[Tile::kEntries] = {};
+
+  MMAE_DEVICE void flush() {
+#pragma unroll
+    for (int e = 0; e < Tile::kEntries; ++e) {
+      total[e] += tile.sum(e);
+      tile.sum(e) = 0;
+    }
+  }
+};
 
 // scale (batch, n), mean (batch, d) or null → out (batch, k, k), k = n (samples) or d. Grid: batch
 // x tiles x tiles blocks of ProductPlan::kThreads, of which those below the diagonal leave at once.
-// exact: 16-bit rows of the samples side, not centred, go in multiplied by a power of two only, and
-// the rest of their scale comes after the product.
+// PairTile: 16-bit rows of the samples side, not centred.
 template <class T, class Tile>
 __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
-    gram_kernel(const Features f, const ProductPlan plan, bool samples, bool exact, const T* scale,
+    gram_kernel(const Features f, const ProductPlan plan, bool samples, const T* scale,
                 const T* mean, T* out) {
+  using Word = typename Tile::Word;
   constexpr int kTile = ProductPlan::kTile;
   const int64_t k = samples ? f.n : f.d, length = samples ? f.d : f.n, tiles = ceil_div(k, kTile);
   const int64_t index = blockIdx.x / (tiles * tiles), at_tile = blockIdx.x % (tiles * tiles);
@@ -120,35 +130,35 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
   const Rows<T> rows(f, index);
   scale += index * f.n;
   if (mean) mean += index * f.d;
-  const Shared<T> left = shared_array<T>(plan.left, plan.count);
-  const Shared<T> right = shared_array<T>(plan.right, plan.count);
-  const int t = int(threadIdx.x);
-  Tile tile(plan, samples);
-  const auto staged = [&](int64_t i, int64_t p) -> T {
-    if (!samples) return rows.prepared(p, i, scale, mean);
-    if (!exact) return rows.prepared(i, p, scale, mean);
-    return i < f.n && p < f.d && rows.kept(i) ? power_of_two_in(scale[i]) * rows.load(i, p) : T(0);
-  };
+  const Operand<Word> left = operand<Word>(plan.left), right = operand<Word>(plan.right);
+  Summed<Tile> product{Tile(kTile, kTile, f.dtype)};
   for (int64_t at = 0; at < length; at += plan.depth) {
-    for (int e = t; e < kTile * plan.depth; e += ProductPlan::kThreads) {
-      const int p = samples ? e % plan.depth : e / kTile, i = samples ? e / plan.depth : e % kTile;
-      left[tile.at(p, i)] = staged(i0 + i, at + p);
-      right[tile.at(p, i)] = staged(j0 + i, at + p);
+    if constexpr (Tile::kUnit == Unit::kPairs) {
+      rows.stage_pairs(left.words, plan.left, kTile, i0, at, scale + i0);
+      rows.stage_pairs(right.words, plan.right, kTile, j0, at, scale + j0);
+    } else {
+      for (int e = int(threadIdx.x); e < kTile * plan.depth; e += ProductPlan::kThreads) {
+        const int p = samples ? e % plan.depth : e / kTile;
+        const int i = samples ? e / plan.depth : e % kTile;
+        left(p, i) = samples ? rows.prepared(i0 + i, at + p, scale, mean)
+                             : rows.prepared(at + p, i0 + i, scale, mean);
+        right(p, i) = samples ? rows.prepared(j0 + i, at + p, scale, mean)
+                              : rows.prepared(at + p, j0 + i, scale, mean);
+      }
     }
     __syncthreads();  // both operands are complete
-    tile.add(left, right);
-    if ((at + plan.depth) % Tile::kFlush == 0) tile.flush();
+    product.tile.add(left, right, depth_of(Tile::kUnit));
+    if ((at + plan.depth) % Tile::kFlush == 0) product.flush();
     __syncthreads();  // and read, before the next step overwrites them
   }
-  tile.flush();
+  product.flush();
   out += index * k * k;
 #pragma unroll
   for (int e = 0; e < Tile::kEntries; ++e) {
-    const int64_t i = i0 + tile.row(e), j = j0 + tile.column(e);
+    const int64_t i = i0 + product.tile.row(e), j = j0 + product.tile.column(e);
     if (i >= k || j >= k) continue;
-    T g = tile.value(e);
-    if (exact && scale[i] > T(0) && scale[j] > T(0))
-      g *= (scale[i] / power_of_two_in(scale[i])) * (scale[j] / power_of_two_in(scale[j]));
+    T g = product.total[e];
+    if constexpr (Tile::kUnit == Unit::kPairs) g *= pair_rest(scale[i], f.dtype) * pair_rest(scale[j], f.dtype);
     // The diagonal of normalised rows is 1 by definition.
     if (i == j && samples && f.normalize && !f.center && scale[i] > T(0)) g = 1;
     out[i * k + j] = g;
@@ -158,7 +168,7 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
 
 // grad (batch), weight W' (batch, n, n) → grad_z (batch, n, d). Grid: batch x row tiles x column
 // tiles.
-template <class T>
+template <class T, class Tile>
 __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
     samples_bwd_kernel(const Features f, const ProductPlan plan, const T* grad, const T* weight,
                        void* grad_z) {
@@ -168,100 +178,110 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
   const int64_t i0 = at_tile / across * kTile, j0 = at_tile % across * kTile;
   const Rows<T> rows(f, index);
   weight += index * f.n * f.n;
-  const Shared<T> left = shared_array<T>(plan.left, plan.count);
-  const Shared<T> right = shared_array<T>(plan.right, plan.count);
-  const int t = int(threadIdx.x);
-  ThreadTile<T> tile(plan, true);
+  const Operand<T> left = operand<T>(plan.left), right = operand<T>(plan.right);
+  Summed<Tile> product{Tile(kTile, kTile, f.dtype)};
   for (int64_t at = 0; at < f.n; at += plan.depth) {
-    for (int e = t; e < kTile * plan.depth; e += ProductPlan::kThreads) {
+    for (int e = int(threadIdx.x); e < kTile * plan.depth; e += ProductPlan::kThreads) {
       int p = e % plan.depth, i = e / plan.depth;
-      left[tile.at(p, i)] = i0 + i < f.n && at + p < f.n ? weight[(i0 + i) * f.n + at + p] : T(0);
+      left(p, i) = i0 + i < f.n && at + p < f.n ? weight[(i0 + i) * f.n + at + p] : T(0);
       p = e / kTile, i = e % kTile;
-      right[tile.at(p, i)] =
+      right(p, i) =
           at + p < f.n && j0 + i < f.d && rows.kept(at + p) ? rows.load(at + p, j0 + i) : T(0);
     }
     __syncthreads();  // both operands are complete
-    tile.add(left, right);
-    if ((at + plan.depth) % ThreadTile<T>::kFlush == 0) tile.flush();
+    product.tile.add(left, right, plan.depth);
+    if ((at + plan.depth) % Tile::kFlush == 0) product.flush();
     __syncthreads();  // and read, before the next step overwrites them
   }
-  tile.flush();
+  product.flush();
 #pragma unroll
-  for (int e = 0; e < ThreadTile<T>::kEntries; ++e) {
-    const int64_t i = i0 + tile.row(e), j = j0 + tile.column(e);
+  for (int e = 0; e < Tile::kEntries; ++e) {
+    const int64_t i = i0 + product.tile.row(e), j = j0 + product.tile.column(e);
     if (i < f.n && j < f.d)
-      store(grad_z, f.dtype, (index * f.n + i) * f.d + j, grad[index] * tile.value(e));
+      store(grad_z, f.dtype, (index * f.n + i) * f.d + j, grad[index] * product.total[e]);
   }
 }
 
 // grad (batch), weight W' (batch, d, d), scale (batch, n), mean (batch, d) or null → grad_z (batch,
 // n, d), d <= max_order. Grid: batch x ceil(n / kRows); a block has whole rows, so the projection
-// needs only a sum over the 16 threads that share them. C = rows_tile: columns per thread.
-template <class T, int C>
+// needs only a sum over the threads that share them. Tile::kWholeLeft: rows not centred, of 16-bit
+// numbers, staged times a power of two; the rest of their scale comes after the product.
+template <class T, class Tile>
 __global__ void __launch_bounds__(RowsPlan::kThreads)
     features_bwd_kernel(const Features f, const RowsPlan plan, const T* grad, const T* weight,
                         const T* scale, const T* mean, void* grad_z) {
-  constexpr int kRows = RowsPlan::kRows, kSide = RowsPlan::kSide, R = kRows / kSide;
-  constexpr int ldx = kRows + 1;
+  constexpr int kRows = RowsPlan::kRows;
   const int64_t blocks = ceil_div(f.n, kRows), index = blockIdx.x / blocks;
   const int64_t i0 = int64_t(blockIdx.x) % blocks * kRows;
-  const int d = int(f.d), ldw = plan.width + 1;
+  const int d = int(f.d), t = int(threadIdx.x);
   const Rows<T> rows(f, index);
   weight += index * d * d;
   scale += index * f.n;
   if (mean) mean += index * d;
-  const Shared<T> x = shared_array<T>(plan.x, d * ldx);
-  const Shared<T> w = shared_array<T>(plan.w, plan.depth * ldw);
-  const int t = int(threadIdx.x), ty = t / kSide, tx = t % kSide;
-  for (int e = t; e < d * kRows; e += RowsPlan::kThreads)
-    x[e % d * ldx + e / d] = rows.prepared(i0 + e / d, e % d, scale, mean);
-  T y[R][C] = {};
+  const Operand<T> x = operand<T>(plan.x), w = operand<T>(plan.w);
+  const Shared<double> partial = shared_array<double>(plan.partial, plan.across * kRows);
+  Summed<Tile> product{Tile(kRows, plan.width, f.dtype)};
+  const Tile& tile = product.tile;
+  for (int e = t; e < kRows * plan.steps; e += RowsPlan::kThreads) {
+    const int j = e % plan.steps, i = e / plan.steps;
+    if constexpr (Tile::kWholeLeft)
+      x(j, i) = rows.in_range(i0 + i, j, scale);
+    else
+      x(j, i) = rows.prepared(i0 + i, j, scale, mean);
+  }
   for (int at = 0; at < d; at += plan.depth) {
-    const int steps = d - at < plan.depth ? d - at : plan.depth;
-    for (int e = t; e < steps * plan.width; e += RowsPlan::kThreads) {
+    for (int e = t; e < plan.depth * plan.width; e += RowsPlan::kThreads) {
       const int p = e / plan.width, j = e % plan.width;
-      w[p * ldw + j] = j < d ? weight[(at + p) * d + j] : T(0);
+      w(p, j) = at + p < d && j < d ? weight[(at + p) * d + j] : T(0);
     }
     __syncthreads();  // this step of W' and, at first, x are complete
-    for (int p = 0; p < steps; ++p) {
-      T a[R], b[C];
-#pragma unroll
-      for (int r = 0; r < R; ++r) a[r] = x[(at + p) * ldx + ty + kSide * r];
-#pragma unroll
-      for (int c = 0; c < C; ++c) b[c] = w[p * ldw + tx + kSide * c];
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int c = 0; c < C; ++c) y[r][c] += a[r] * b[c];
-    }
+    product.tile.add(x.from(at), w, plan.depth);
+    if ((at + plan.depth) % Tile::kFlush == 0) product.flush();
     __syncthreads();  // w has been read, before the next step overwrites it
   }
+  product.flush();
+  // Per row of this thread: scale and, of rows times a power of two, what of it is still to come.
+  T factor[Tile::kSlots], rest[Tile::kSlots], along[Tile::kSlots] = {};
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const int row = ty + kSide * r;
-    double part = 0;
-    if (f.normalize)
+  for (int s = 0; s < Tile::kSlots; ++s) {
+    const int64_t row = i0 + tile.row_of_slot(s);
+    factor[s] = row < f.n ? scale[row] : T(0);
+    rest[s] = 1;
+    if constexpr (Tile::kWholeLeft) rest[s] = rest_in(factor[s]);
+  }
+  // Entry e of the rows that were normalised, before centring.
+  const auto unit = [&](int e, int j) -> T {
+    return rest[Tile::slot(e)] * x(j, tile.row(e)) + (mean ? mean[j] : T(0));
+  };
+  if (f.normalize) {
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int j = tx + kSide * c;
-        if (j >= d) continue;
-        const T unit = x[j * ldx + row] + (mean ? mean[j] : T(0));
-        part += double(unit) * y[r][c];
+    for (int s = 0; s < Tile::kSlots; ++s) {
+      double part = 0;
+#pragma unroll
+      for (int e = 0; e < Tile::kEntries; ++e) {
+        const int j = tile.column(e);
+        if (Tile::slot(e) == s && j < d) part += double(unit(e, j)) * (rest[s] * product.total[e]);
       }
-    const T along = T(warp_reduce(part, Sum{}, kSide / 2));
-    if (i0 + row >= f.n) continue;
-    const bool kept = rows.kept(i0 + row);
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const int j = tx + kSide * c;
-      if (j >= d) continue;
-      T g = 0;
-      if (kept) {
-        const T unit = x[j * ldx + row] + (mean ? mean[j] : T(0));
-        g = grad[index] * scale[i0 + row] * (y[r][c] - along * unit);
-      }
-      store(grad_z, f.dtype, (index * f.n + i0 + row) * d + j, g);
+      part = warp_reduce(part, Sum{}, tile.sharing() / 2);
+      if (t % tile.sharing() == 0) partial[tile.across() * kRows + tile.row_of_slot(s)] = part;
     }
+    __syncthreads();  // every warp's part of the projection is there
+#pragma unroll
+    for (int s = 0; s < Tile::kSlots; ++s) {
+      double sum = 0;
+      for (int w = 0; w < plan.across; ++w) sum += partial[w * kRows + tile.row_of_slot(s)];
+      along[s] = T(sum);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < Tile::kEntries; ++e) {
+    const int s = Tile::slot(e), j = tile.column(e);
+    const int64_t row = i0 + tile.row(e);
+    if (row >= f.n || j >= d) continue;
+    const T y = rest[s] * product.total[e];
+    // A dropped row may have met NaN in W'.
+    const T g = rows.kept(row) ? grad[index] * factor[s] * (y - along[s] * unit(e, j)) : T(0);
+    store(grad_z, f.dtype, (index * f.n + row) * d + j, g);
   }
 }
 

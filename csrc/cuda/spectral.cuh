@@ -9,14 +9,16 @@
 // k³/2 for A⁻¹ or k³/6 for log det alone, and 2 k² + depth · width numbers of shared memory.
 //
 // The product runs in steps of `depth` columns (samples) or rows (features): raw entries → scaled
-// and centred in shared memory → side x side threads with R x R accumulators each. A is
-// factorised by the sweep operator (sweep.cuh), and V folded into W' as in fold.cuh.
+// and centred in shared memory → both operands of a policy of tiles.cuh; its sums go to the upper
+// triangle of `square`. A is factorised by the sweep operator (sweep.cuh), and V folded into W' as in
+// fold.cuh.
 //
 // Precision: arithmetic T = float32 (float64 for float64) on any storage type; traces, means, sums
 // of squares and of logs in float64. No atomics: bitwise reproducible.
 #pragma once
 #include "fold.cuh"
 #include "sweep.cuh"
+#include "tiles.cuh"
 
 namespace mmae {
 namespace cuda {
@@ -25,19 +27,18 @@ template <class T>
 struct SpectralBlock {
   const Rows<T> rows;
   const bool samples, normalize, center;
-  const int k, ld, side, width, lds, depth;  // as in SpectralPlan; lds = width + 1
+  const int k, ld, width, depth;  // as in SpectralPlan
   const int t, lane, warp, warps;
-  const Shared<T> square, stage, scale, keep, mean, along, column, pivot;
+  const Shared<T> square, scale, keep, mean, along, column, pivot;
   const Shared<double> partial;
   T common = 1;      // scale of rows that are not normalised
   double count = 0;  // rows kept; counted if centred
 
   MMAE_DEVICE SpectralBlock(const Features& f, const SpectralPlan& p, int64_t index)
       : rows(f, index), samples(f.n <= f.d), normalize(f.normalize), center(f.center), k(p.k),
-        ld(p.ld), side(p.side), width(p.width), lds(p.width + 1), depth(p.depth),
-        t(int(threadIdx.x)), lane(t % kWarp), warp(t / kWarp), warps(int(blockDim.x) / kWarp),
+        ld(p.ld), width(p.width), depth(p.depth), t(int(threadIdx.x)), lane(t % kWarp),
+        warp(t / kWarp), warps(int(blockDim.x) / kWarp),
         square(shared_array<T>(p.square, p.k * p.ld)),
-        stage(shared_array<T>(p.stage, p.depth * (p.width + 1))),
         scale(shared_array<T>(p.scale, p.k > p.depth ? p.k : p.depth)),
         keep(shared_array<T>(p.keep, p.k > p.depth ? p.k : p.depth)),
         mean(shared_array<T>(p.mean, p.k > p.depth ? p.k : p.depth)),
@@ -82,9 +83,9 @@ struct SpectralBlock {
     if (t < k) mean[t] = count > 0 ? T(sum / count) : T(0);
   }
 
-  // stage[p][i]: entry (row i, column at + p) of Ẑ on the samples side, not centred yet;
+  // stage(p, i): entry (row i, column at + p) of Ẑ on the samples side, not centred yet;
   // (row at + p, column i), centred, on the features side. Zero outside of the matrix.
-  MMAE_DEVICE void load_stage(int64_t at) {
+  MMAE_DEVICE void load_stage(const Operand<T>& stage, int64_t at) {
     const int entries = width * depth;
     for (int e = t; e < entries; e += int(blockDim.x)) {
       // Neighbouring threads read neighbouring columns of z.
@@ -95,28 +96,31 @@ struct SpectralBlock {
         x = scale[r] * (samples ? rows.load(i, at + p) : rows.load(at + p, i));
         if (!samples && center) x -= mean[i];
       }
-      stage[p * lds + i] = x;
+      stage(p, i) = x;
     }
   }
 
   // Samples side: subtracts the mean of each staged column from the rows kept. Returns this
-  // thread's (t < k) part of along[t] = (ẑ_t - m) · m, the part of ẑ_t that G does not see.
-  MMAE_DEVICE T center_stage() {
+  // thread's part of along, (ẑ_i - m) · m, the part of ẑ_i that G does not see, for row i = t /
+  // sharers.
+  MMAE_DEVICE T center_stage(const Operand<T>& stage, int sharers) {
+    constexpr int kSharers = 8;  // lanes per column: in a row of warps' stages 8 x 4 banks differ
 #pragma unroll 1
-    for (int p = warp; p < depth; p += warps) {
+    for (int p = t / kSharers; p < depth; p += int(blockDim.x) / kSharers) {
       double sum = 0;
 #pragma unroll 1
-      for (int i = lane; i < k; i += kWarp) sum += stage[p * lds + i];
-      sum = warp_reduce(sum, Sum{});
-      if (lane == 0) mean[p] = count > 0 ? T(sum / count) : T(0);
+      for (int i = t % kSharers; i < k; i += kSharers) sum += stage(p, i);
+      sum = warp_reduce(sum, Sum{}, kSharers / 2);
+      if (t % kSharers == 0) mean[p] = count > 0 ? T(sum / count) : T(0);
     }
     __syncthreads();  // means are complete, and no warp still sums a column that changes below
+    const int i = t / sharers;
     T part = 0;
-    if (t < k && keep[t] != T(0))
+    if (i < k && keep[i] != T(0))
 #pragma unroll 1
-      for (int p = 0; p < depth; ++p) {
-        const T x = stage[p * lds + t] - mean[p];
-        stage[p * lds + t] = x;
+      for (int p = t % sharers; p < depth; p += sharers) {
+        const T x = stage(p, i) - mean[p];
+        stage(p, i) = x;
         part += x * mean[p];
       }
     __syncthreads();  // the product reads columns that other threads centred
@@ -124,63 +128,58 @@ struct SpectralBlock {
   }
 
   // Upper triangle of G into `square`.
-  template <int R>
-  MMAE_DEVICE void gram() {
-    const int ty = t / side, tx = t % side;
+  template <class Tile>
+  MMAE_DEVICE void gram(const Stage& at_stage) {
+    const auto stage = operand<typename Tile::Word>(at_stage);
     const int64_t total = samples ? rows.d : rows.n;
-    T sums[R][R] = {};
+    const int sharers = int(blockDim.x) / width;  // rounded down, it is a power of two
+    Tile tile(width, width, rows.dtype);
     T along_part = 0;
     bool first = true;
-    int64_t flush_at = kFlushDepth;
     for (int64_t at = 0; at < total; at += depth) {
       if (!samples)
         scale_rows(at, depth);
       else if (at == 0)
         scale_rows(0, k);
       __syncthreads();  // scale, keep and mean are written; the last step's stage has been read
-      load_stage(at);
+      if constexpr (Tile::kUnit == Unit::kPairs)
+        rows.stage_pairs(stage.words, at_stage, width, 0, at, scale);
+      else
+        load_stage(stage, at);
       __syncthreads();  // the stage is complete
-      if (samples && center) along_part += center_stage();
-#pragma unroll 2
-      for (int p = 0; p < depth; ++p) {
-        T left[R], right[R];
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          left[r] = stage[p * lds + ty + side * r];
-          right[r] = stage[p * lds + tx + side * r];
-        }
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-#pragma unroll
-          for (int c = 0; c < R; ++c) sums[r][c] += left[r] * right[c];
-      }
-      if (at + depth >= flush_at || at + depth >= total) {
-        flush_at += kFlushDepth;
-        flush<R>(sums, ty, tx, first);
+      if constexpr (Tile::kUnit != Unit::kPairs)
+        if (samples && center) along_part += center_stage(stage, sharers);
+      if (tile.in_triangle(k)) tile.add(stage, stage, depth_of(Tile::kUnit));
+      const bool last = at + depth >= total;
+      if ((at + depth) % Tile::kFlush == 0 || last) {
+        flush(tile, first, last);
         first = false;
       }
     }
-    if (samples && center && t < k) along[t] = along_part;
+    if (samples && center) {
+      along_part = T(warp_reduce(along_part, Sum{}, sharers / 2));
+      if (t % sharers == 0 && t / sharers < k) along[t / sharers] = along_part;
+    }
     __syncthreads();  // G and along are complete
   }
 
-  // Adds the accumulators to G and clears them. Entries belong to one thread: no barrier.
-  template <int R>
-  MMAE_DEVICE void flush(T (&sums)[R][R], int ty, int tx, bool first) {
+  // Adds the sums to G and clears them. Entries belong to one thread: no barrier.
+  template <class Tile>
+  MMAE_DEVICE void flush(Tile& tile, bool first, bool last) {
 #pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int c = 0; c < R; ++c) {
-        const int i = ty + side * r, j = tx + side * c;
-        if (i <= j && j < k) {
-          T g = sums[r][c];
-          if (!first) g += square[i * ld + j + 1];
-          // The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
-          if (i == j && samples && normalize && !center && scale[i] > T(0)) g = 1;
-          square[i * ld + j + 1] = g;
-        }
-        sums[r][c] = 0;
+    for (int e = 0; e < Tile::kEntries; ++e) {
+      const int i = tile.row(e), j = tile.column(e);
+      if (i <= j && j < k) {
+        T g = tile.sum(e);
+        if (!first) g += square[i * ld + j + 1];
+        if constexpr (Tile::kUnit == Unit::kPairs)
+          if (last) g *= pair_rest(scale[i], rows.dtype) * pair_rest(scale[j], rows.dtype);
+        // The diagonal of normalised rows is 1 by definition: say so, instead of 1 ± rounding.
+        if (i == j && samples && normalize && !center && scale[i] > T(0)) g = 1;
+        square[i * ld + j + 1] = g;
       }
+      tile.sum(e) = 0;
+    }
   }
 
   MMAE_DEVICE double trace() {
@@ -235,8 +234,9 @@ struct SpectralBlock {
 };
 
 // f.z (batch, n, d); value (batch); weight (batch, k, k) or null. Grid: one block per matrix,
-// plan.threads threads, plan.shared_bytes of shared memory; R = plan.tile. c: coding rate only.
-template <class T, int R>
+// plan.threads threads, plan.shared_bytes of shared memory. c: coding rate only. PairTile: 16-bit
+// rows of the samples side, not centred.
+template <class T, class Tile>
 __global__ void __launch_bounds__(kMaxThreads)
     spectral_kernel(const Features f, const SpectralPlan plan, Quantity quantity, double c,
                     T* value, T* weight) {
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     block.common = block.rows.power_of_two_scale(block.partial);
   if (f.center) block.count_rows();
   if (f.center && !block.samples) block.mean_of_features();
-  block.template gram<R>();
+  block.template gram<Tile>(plan.stage);
 
   const double tau = block.trace();
   double h = quiet_nan<double>();

@@ -1,53 +1,73 @@
-// The two ways to multiply a staged step of a kTile x kTile product: by threads in registers (FFMA,
-// DFMA), or by warps in tensor cores. Both hold 16 entries per thread in two levels: `sums` are
-// added to `total` by flush().
+// The ways to multiply what a block has staged in shared memory (Stage, plan.h): by threads in
+// registers (float64), or by warps in tensor cores: float32 as TF32 numbers, 16-bit numbers as they
+// are. One policy each, with the same members:
+//
+//     Tile(height, width, dtype)  of a block's product
+//     add(left, right, steps)     sums += left (height x steps) right (steps x width), steps in words
+//     row(e), column(e), sum(e)   a thread's entries, e < kEntries
+//     in_triangle(k)              whether its warp has any of the upper triangle of a k x k product
+//     kFlush                      products after which sums go to a second level
+//     kWholeLeft                  left operands must be numbers of the tensor cores as they are
+//     slot(e), row_of_slot(s)     a thread's rows, s < kSlots, each shared by sharing() neighbouring
+//                                 lanes of each warp that has a part of it; across(): which part
 #pragma once
 #include "device.cuh"
 
 namespace mmae {
 namespace cuda {
 
-// One thread's 4 x 4 entries: rows ty + 16 r, columns tx + 16 c.
-template <class T>
+// A staged operand in shared memory, from step `first` on.
+template <class Word>
+struct Operand {
+  Shared<Word> words;
+  const Stage stage;
+  const int first = 0;
+  MMAE_DEVICE auto operator()(int p, int i) const -> decltype(words[0]) {
+    return words[stage.at(first + p, i)];
+  }
+  MMAE_DEVICE Operand from(int step) const { return {words, stage, step}; }
+};
+
+template <class Word>
+MMAE_DEVICE Operand<Word> operand(const Stage& stage) {
+  return {shared_array<Word>(stage.offset, stage.count), stage};
+}
+
+// R x C entries of each of side x side threads: rows ty + side r, columns tx + side c.
+template <class T, int R, int C>
 struct ThreadTile {
-  static constexpr int R = ProductPlan::kRegister, kSide = ProductPlan::kSide, kEntries = R * R;
-  static constexpr int kFlush = kFlushDepth;
-  const int depth, ty, tx;
-  T sums[R][R] = {}, total[R][R] = {};
+  using Word = T;
+  static constexpr Unit kUnit = Unit::kDouble;
+  static constexpr int kEntries = R * C, kFlush = kFlushDepth, kSlots = R;
+  static constexpr bool kWholeLeft = false;
+  const int side, ty, tx;
+  T sums[R][C] = {};
 
-  MMAE_DEVICE ThreadTile(const ProductPlan& plan, bool)
-      : depth(plan.depth), ty(int(threadIdx.x) / kSide), tx(int(threadIdx.x) % kSide) {}
+  MMAE_DEVICE ThreadTile(int, int width, DType)
+      : side(width / C), ty(int(threadIdx.x) / side), tx(int(threadIdx.x) % side) {}
 
-  // Where entry (step p, row or column i) of an operand lies.
-  MMAE_DEVICE int at(int p, int i) const { return p * ProductPlan::kThreadStride + i; }
-
-  MMAE_DEVICE void add(Shared<T> left, Shared<T> right) {
+  MMAE_DEVICE void add(const Operand<T>& left, const Operand<T>& right, int steps) {
 #pragma unroll 2
-    for (int p = 0; p < depth; ++p) {
-      T a[R], b[R];
+    for (int p = 0; p < steps; ++p) {
+      T a[R], b[C];
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        a[r] = left[at(p, ty + kSide * r)];
-        b[r] = right[at(p, tx + kSide * r)];
-      }
+      for (int r = 0; r < R; ++r) a[r] = left(p, ty + side * r);
+#pragma unroll
+      for (int c = 0; c < C; ++c) b[c] = right(p, tx + side * c);
 #pragma unroll
       for (int r = 0; r < R; ++r)
 #pragma unroll
-        for (int c = 0; c < R; ++c) sums[r][c] += a[r] * b[c];
+        for (int c = 0; c < C; ++c) sums[r][c] += a[r] * b[c];
     }
   }
-  MMAE_DEVICE void flush() {
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int c = 0; c < R; ++c) {
-        total[r][c] += sums[r][c];
-        sums[r][c] = 0;
-      }
-  }
-  MMAE_DEVICE int row(int e) const { return ty + kSide * (e / R); }
-  MMAE_DEVICE int column(int e) const { return tx + kSide * (e % R); }
-  MMAE_DEVICE T value(int e) const { return total[e / R][e % R]; }
+  MMAE_DEVICE int row(int e) const { return ty + side * (e / C); }
+  MMAE_DEVICE int column(int e) const { return tx + side * (e % C); }
+  MMAE_DEVICE T& sum(int e) { return sums[e / C][e % C]; }
+  MMAE_DEVICE bool in_triangle(int) const { return true; }
+  MMAE_DEVICE static int slot(int e) { return e / C; }
+  MMAE_DEVICE int row_of_slot(int s) const { return ty + side * s; }
+  MMAE_DEVICE int sharing() const { return side; }
+  MMAE_DEVICE int across() const { return 0; }
 };
 
 // x to the nearest TF32 number (10 bits of mantissa), ties away from zero.
@@ -63,7 +83,8 @@ MMAE_DEVICE float to_tf32(float x) {
 
 // By a warp: d (16 x 8) += a (16 x 8) b (8 x 8) of TF32 numbers. With g = lane / 4, q = lane % 4 a
 // lane holds a at rows g, g + 8, g, g + 8 and columns q, q, q + 4, q + 4; b at rows q, q + 4 and
-// column g; d at rows g, g, g + 8, g + 8 and columns 2q, 2q + 1, 2q, 2q + 1 (PTX ISA, m16n8k8).
+// column g; d at rows g, g, g + 8, g + 8 and columns 2q, 2q + 1, 2q, 2q + 1 (PTX ISA, m16n8k8; the
+// same as the layouts of CUTLASS's MMA_Traits<SM80_16x8x8_F32TF32TF32F32_TN>).
 MMAE_DEVICE void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 #ifdef __CUDACC__
   asm volatile(
@@ -77,79 +98,151 @@ MMAE_DEVICE void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2
 #endif
 }
 
-// One warp's 32 x 16 entries, 8 warps. kPasses = 1: operands rounded to TF32; 3: each in two parts,
-// x = hi + lo, and hi hi + hi lo + lo hi, which is what float32 products are up to 2^-21. Tensor
-// cores truncate their sums where additions round: 16 truncations, then an addition.
-template <int kPasses>
-struct WarpTile {
-  static constexpr int kEntries = 16, kFlush = 128;
+// The same of 16 steps of 16-bit numbers, two to a word, the earlier step in the low half: words lie
+// as the numbers of mma_tf32 do (PTX ISA, m16n8k16; SM80_16x8x16_F32BF16BF16F32_TN and _F32F16F16F32_).
+template <bool kBFloat16>
+MMAE_DEVICE void mma_pairs(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  if (kBFloat16)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  emulation::mma_pairs(d, a, b, kBFloat16);
+#endif
+}
+
+// R x C blocks of 16 x 8 entries per warp, warps below each other first. Tensor cores truncate their
+// sums where additions round: a few truncations, then an addition.
+template <int R, int C>
+struct WarpBlocks {
+  static constexpr int kEntries = 4 * R * C, kFlush = 128, kSlots = 2 * R;
+  static constexpr int kHeight = 16 * R, kWidth = 8 * C;
   const int g, q, i0, j0;
-  const int row_stride, step_stride;
-  float sums[2][2][4] = {}, total[2][2][4] = {};
+  float sums[R][C][4] = {};
 
-  // Samples: z is read along rows, so that neighbours in p are written at once; features: along
-  // columns. Either way the lanes of a warp read 32 different banks.
-  MMAE_DEVICE WarpTile(const ProductPlan&, bool samples)
+  MMAE_DEVICE WarpBlocks(int height, int, DType)
       : g(int(threadIdx.x) % kWarp / 4), q(int(threadIdx.x) % 4),
-        i0(int(threadIdx.x) / kWarp % 2 * 32), j0(int(threadIdx.x) / kWarp / 2 * 16),
-        row_stride(samples ? ProductPlan::kWarpDepth + 4 : 1),
-        step_stride(samples ? 1 : ProductPlan::kTile + 8) {}
+        i0(int(threadIdx.x) / kWarp % (height / kHeight) * kHeight),
+        j0(int(threadIdx.x) / kWarp / (height / kHeight) * kWidth) {}
 
-  MMAE_DEVICE int at(int p, int i) const { return p * step_stride + i * row_stride; }
+  template <class Word>
+  MMAE_DEVICE void load_left(const Operand<Word>& left, int p, int r, Word (&a)[4]) const {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) a[e] = left(p + q + e / 2 * 4, i0 + 16 * r + g + e % 2 * 8);
+  }
+  template <class Word>
+  MMAE_DEVICE void load_right(const Operand<Word>& right, int p, int c, Word (&b)[2]) const {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) b[e] = right(p + q + e * 4, j0 + 8 * c + g);
+  }
+  MMAE_DEVICE int row(int e) const { return row_of_slot(slot(e)); }
+  MMAE_DEVICE int column(int e) const { return j0 + e / 4 % C * 8 + 2 * q + e % 2; }
+  MMAE_DEVICE float& sum(int e) { return sums[e / 4 / C][e / 4 % C][e % 4]; }
+  MMAE_DEVICE bool in_triangle(int k) const { return i0 < k && j0 < k && i0 < j0 + kWidth; }
 
-  template <int N>
+  MMAE_DEVICE static int slot(int e) { return e / 4 / C * 2 + e % 4 / 2; }
+  MMAE_DEVICE int row_of_slot(int s) const { return i0 + s / 2 * 16 + g + s % 2 * 8; }
+  MMAE_DEVICE int sharing() const { return 4; }
+  MMAE_DEVICE int across() const { return j0 / kWidth; }
+};
+
+// What a TF32 product takes of a float32 operand. kWhole: it is a TF32 number (every 16-bit number
+// is one). kRounded: the nearest one. kSplit: x = high + low / kLowScale, both TF32; low is scaled so
+// that it keeps its bits where x is small.
+enum Part { kWhole, kRounded, kSplit };
+constexpr float kLowScale = 2048;
+
+// Products of TF32 numbers: 1, or 2 where one operand is split, or 3 where both are: high high +
+// high low + low high, which is what float32 products are up to 2^-21.
+template <int kLeft, int kRight, int R, int C>
+struct WarpTile : WarpBlocks<R, C> {
+  using Word = float;
+  using WarpBlocks<R, C>::WarpBlocks;
+  static constexpr Unit kUnit = Unit::kFloat;
+  static constexpr bool kWholeLeft = kLeft == kWhole;
+
+  template <int kPart, int N>
   MMAE_DEVICE static void split(float (&x)[N], float (&low)[N]) {
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      const float high = to_tf32(x[e]);
-      if (kPasses == 3) low[e] = to_tf32(x[e] - high);
+      const float high = kPart == kWhole ? x[e] : to_tf32(x[e]);
+      low[e] = kPart == kSplit ? to_tf32((x[e] - high) * kLowScale) : 0;
       x[e] = high;
     }
   }
 
-  MMAE_DEVICE void add(Shared<float> left, Shared<float> right) {
+  MMAE_DEVICE void add(const Operand<float>& left, const Operand<float>& right, int steps) {
 #pragma unroll 1
-    for (int p = 0; p < ProductPlan::kWarpDepth; p += 8) {
-      float a[2][4], b[2][2], a_low[2][4], b_low[2][2];
+    for (int p = 0; p < steps; p += 8) {
+      float b[C][2], b_low[C][2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          a[r][e] = left[at(p + q + e / 2 * 4, i0 + 16 * r + g + e % 2 * 8)];
-        split(a[r], a_low[r]);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) b[r][e] = right[at(p + q + e * 4, j0 + 8 * r + g)];
-        split(b[r], b_low[r]);
+      for (int c = 0; c < C; ++c) {
+        this->load_right(right, p, c, b[c]);
+        split<kRight>(b[c], b_low[c]);
       }
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+      for (int r = 0; r < R; ++r) {
+        float a[4], a_low[4];
+        this->load_left(left, p, r, a);
+        split<kLeft>(a, a_low);
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          mma_tf32(sums[r][c], a[r], b[c]);
-          if (kPasses == 3) {  // apart: each mma truncates what it adds to
-            float small[4] = {};
-            mma_tf32(small, a_low[r], b[c]);
-            mma_tf32(small, a[r], b_low[c]);
+        for (int c = 0; c < C; ++c) {
+          float(&sums)[4] = this->sums[r][c];
+          mma_tf32(sums, a, b[c]);
+          if (kLeft != kSplit && kRight != kSplit) continue;
+          float small[4] = {};  // apart: each mma truncates what it adds to
+          if (kLeft == kSplit) mma_tf32(small, a_low, b[c]);
+          if (kRight == kSplit) mma_tf32(small, a, b_low[c]);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sums[r][c][e] += small[e];
-          }
+          for (int e = 0; e < 4; ++e) sums[e] += small[e] * (1 / kLowScale);
         }
+      }
     }
   }
-  MMAE_DEVICE void flush() {
+};
+
+// Exact products of 16-bit numbers; a step is a word of two.
+template <int R, int C>
+struct PairTile : WarpBlocks<R, C> {
+  using Word = uint32_t;
+  static constexpr Unit kUnit = Unit::kPairs;
+  static constexpr bool kWholeLeft = true;
+  const bool bfloat16;
+
+  MMAE_DEVICE PairTile(int height, int width, DType dtype)
+      : WarpBlocks<R, C>(height, width, dtype), bfloat16(dtype == DType::kBFloat16) {}
+
+  template <bool kBFloat16>
+  MMAE_DEVICE void add_as(const Operand<Word>& left, const Operand<Word>& right, int steps) {
+#pragma unroll 2
+    for (int p = 0; p < steps; p += 8) {
+      uint32_t b[C][2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+      for (int c = 0; c < C; ++c) this->load_right(right, p, c, b[c]);
 #pragma unroll
-      for (int c = 0; c < 2; ++c)
+      for (int r = 0; r < R; ++r) {
+        uint32_t a[4];
+        this->load_left(left, p, r, a);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          total[r][c][e] += sums[r][c][e];
-          sums[r][c][e] = 0;
-        }
+        for (int c = 0; c < C; ++c) mma_pairs<kBFloat16>(this->sums[r][c], a, b[c]);
+      }
+    }
   }
-  MMAE_DEVICE int row(int e) const { return i0 + e / 8 * 16 + g + e % 4 / 2 * 8; }
-  MMAE_DEVICE int column(int e) const { return j0 + e / 4 % 2 * 8 + 2 * q + e % 2; }
-  MMAE_DEVICE float value(int e) const { return total[e / 8][e / 4 % 2][e % 4]; }
+  MMAE_DEVICE void add(const Operand<Word>& left, const Operand<Word>& right, int steps) {
+    if (bfloat16)
+      add_as<true>(left, right, steps);
+    else
+      add_as<false>(left, right, steps);
+  }
 };
 
 }  // namespace cuda

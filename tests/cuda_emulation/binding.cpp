@@ -82,11 +82,11 @@ Launches gram(const Features& f, bool samples, bool tf32, uintptr_t out, uintptr
 }
 
 Launches weight_bwd(const Features& f, uintptr_t grad, uintptr_t weight, uintptr_t scale,
-                    uintptr_t mean, uintptr_t grad_z, unsigned seed) {
+                    uintptr_t mean, uintptr_t grad_z, bool tf32, unsigned seed) {
   return run(f, seed, [&](auto& launch, auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     cuda::launch_weight_bwd<T>(launch, f, pointer<const T>(grad), pointer<const T>(weight),
-                               pointer<T>(scale), pointer<T>(mean), pointer<void>(grad_z));
+                               pointer<T>(scale), pointer<T>(mean), pointer<void>(grad_z), tf32);
   });
 }
 
@@ -124,12 +124,17 @@ void mistaken_jacobi(Mistake mistake, const Features& f, uintptr_t value, uintpt
          1.0, pointer<float>(value), pointer<float>(weight));
 }
 
+cuda::Unit unit_of(bool is_double) {
+  return is_double ? cuda::Unit::kDouble : cuda::Unit::kFloat;
+}
+
 // One row of the plans of the kernels that take one matrix per block.
-py::dict plan(cuda::Kernel kernel, int64_t k, bool is_double) {
+py::dict plan(cuda::Kernel kernel, int64_t k, bool is_double, bool samples) {
   py::dict row;
   row["shared_bytes"] = cuda::shared_bytes(kernel, k, is_double);
   if (kernel == cuda::Kernel::kSpectral) {
-    const cuda::SpectralPlan p = cuda::spectral_plan(k, is_double);
+    const cuda::SpectralPlan p = cuda::spectral_plan(k, unit_of(is_double), samples);
+    row["shared_bytes"] = p.shared_bytes;
     row["threads"] = p.threads;
     row["ld"] = p.ld;
     row["width"] = p.width;
@@ -158,15 +163,16 @@ PYBIND11_MODULE(MODULE_NAME, m) {
       .value("packed_rate", cuda::Kernel::kPackedRate)
       .value("packed_renyi2", cuda::Kernel::kPackedRenyi2)
       .value("jacobi", cuda::Kernel::kJacobi);
-  m.def("plan", &plan);
+  m.def("plan", &plan, py::arg(), py::arg(), py::arg(), py::arg("samples") = true);
   m.def("needs_scratch", [](bool is_rate, double alpha, int64_t k, bool is_double) {
     return !cuda::is_fused({is_rate, 0, alpha, false}, k, is_double);
   });
-  m.def("product_shared_bytes", [](bool is_double, bool by_warps) {
-    return cuda::product_plan(is_double, by_warps).shared_bytes;
+  m.def("product_shared_bytes", [](bool is_double) {
+    return cuda::product_plan(unit_of(is_double), true, true).shared_bytes;
   });
-  m.def("rows_shared_bytes",
-        [](int64_t d, bool f64) { return cuda::rows_plan(d, f64).shared_bytes; });
+  m.def("rows_shared_bytes", [](int64_t d, bool is_double) {
+    return cuda::rows_plan(d, unit_of(is_double)).shared_bytes;
+  });
   m.def("largest_order", [](cuda::Kernel kernel, bool is_double, int shared) {
     return cuda::max_order(kernel, is_double, shared);
   });

@@ -71,7 +71,7 @@ struct Block {
   std::vector<Shadow> shadows;  // one per 4 bytes of memory
   std::vector<double> exchange;
   std::vector<unsigned> shuffles;  // per thread
-  std::vector<std::array<float, 6>> operands;
+  std::vector<std::array<uint32_t, 6>> operands;
   jmp_buf scheduler;
   std::function<void()> body;
   std::string error;
@@ -311,30 +311,47 @@ inline float to_tf32(float x) {
   return x - x == 0 ? from_bits((to_bits(x) + 0x1000) & ~0x1fffu) : x;
 }
 
-// mma.sync m16n8k8; every lane gives its operands and takes its part of the product. Sums are
-// truncated to float32, as tensor cores do.
-inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+// mma.sync: every lane gives its operands, 4 words of the left and 2 of the right, and takes its
+// part d of the product. Word w of an operand is at row or column lane / 4 (+ 8) and at word lane % 4
+// (+ 4) of a row of 8; value(word, half) is the number in it, of `halves`. Sums are truncated to
+// float32, as tensor cores do, after each half of the words.
+template <class Value>
+void mma(float (&d)[4], const std::array<uint32_t, 6>& own, int halves, const Value& value) {
   Block& state = block();
   const int me = state.current, threads = int(state.block_size.x), warp = me / kWarp * kWarp;
   const int set = int(state.shuffles[me]++ % 2) * threads;
   if (state.operands.size() < size_t(2 * threads)) state.operands.resize(size_t(2 * threads));
-  std::array<float, 6>& own = state.operands[set + me];
-  std::copy(a, a + 4, own.begin());
-  std::copy(b, b + 2, own.begin() + 4);
-  for (const float x : own)
-    if (x - x == 0 && to_tf32(x) != x) fail("an operand of mma is not a TF32 number");
+  state.operands[set + me] = own;
   wait(Fiber::kAtShuffle, "mma");
   for (int e = 0; e < 4; ++e) {
     const int row = me % kWarp / 4 + e / 2 * 8, column = me % 4 * 2 + e % 2;
-    double sum = d[e];
-    for (int p = 0; p < 8; ++p) {
-      const std::array<float, 6>& left = state.operands[set + warp + row % 8 * 4 + p % 4];
-      const std::array<float, 6>& right = state.operands[set + warp + column * 4 + p % 4];
-      sum += double(left[row / 8 + p / 4 * 2]) * right[4 + p / 4];
+    for (int p = 0; p < 8; p += 4) {
+      double sum = d[e];
+      for (int lane = 0; lane < 4; ++lane) {
+        const uint32_t left = state.operands[set + warp + row % 8 * 4 + lane][row / 8 + p / 2];
+        const uint32_t right = state.operands[set + warp + column * 4 + lane][4 + p / 4];
+        for (int half = 0; half < halves; ++half) sum += value(left, half) * value(right, half);
+      }
+      d[e] = float(sum);
+      if (std::fabs(d[e]) > std::fabs(sum)) d[e] = std::nextafter(d[e], 0.0f);
     }
-    d[e] = float(sum);
-    if (std::fabs(d[e]) > std::fabs(sum)) d[e] = std::nextafter(d[e], 0.0f);
   }
+}
+
+inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  std::array<uint32_t, 6> own;
+  std::transform(a, a + 4, own.begin(), to_bits);
+  std::transform(b, b + 2, own.begin() + 4, to_bits);
+  for (const uint32_t word : own) {
+    const float x = from_bits(word);
+    if (x - x == 0 && to_tf32(x) != x) fail("an operand of mma is not a TF32 number");
+  }
+  mma(d, own, 1, [](uint32_t word, int) { return double(from_bits(word)); });
+}
+
+inline void load_vector(const void* p, uint32_t (&words)[4]) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) fail("a vector is not aligned");
+  std::memcpy(words, p, 16);
 }
 
 }  // namespace emulation
@@ -370,3 +387,24 @@ inline __half __float2half_rn(float x) {
   const int units = int(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
   return {uint16_t(sign | (units + (exponent + 14) * 1024))};
 }
+
+namespace emulation {
+
+inline float number(uint32_t word, int half, bool bfloat16) {
+  const uint16_t bits = uint16_t(half ? word >> 16 : word);
+  return bfloat16 ? __bfloat162float({bits}) : __half2float({bits});
+}
+
+inline void mma_pairs(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      bool bfloat16) {
+  mma(d, {a[0], a[1], a[2], a[3], b[0], b[1]}, 2,
+      [=](uint32_t word, int half) { return double(number(word, half, bfloat16)); });
+}
+
+inline uint32_t multiply_pair(uint32_t pair, float factor) {
+  const __nv_bfloat16 low = __float2bfloat16_rn(number(pair, 0, true) * factor);
+  const __nv_bfloat16 high = __float2bfloat16_rn(number(pair, 1, true) * factor);
+  return low.bits | uint32_t(high.bits) << 16;
+}
+
+}  // namespace emulation

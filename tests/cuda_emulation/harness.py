@@ -148,7 +148,7 @@ class Ops:
         self.launches += emulator().gram(f, samples, tf32, *addresses, self.seed)
         return tuple(output.finished() for output in outputs)
 
-    def cuda_weight_bwd(self, grad, z, mask, weight, normalize, center):
+    def cuda_weight_bwd(self, grad, z, mask, weight, normalize, center, tf32):
         assert grad.is_contiguous() and weight.is_contiguous()
         n, d = z.shape[-2:]
         scale, mean = self.output(z, n), self.output(z, d)
@@ -157,6 +157,7 @@ class Ops:
             self.describe(z, mask, normalize, center),
             *(t.data_ptr() for t in (grad, weight)),
             *(output.address() for output in (scale, mean, grad_z)),
+            tf32,
             self.seed,
         )
         scale.finished(written=False), mean.finished(written=False)
