@@ -23,6 +23,14 @@ BEGIN, END = "<!-- resources -->\n", "<!-- /resources -->"
 REGISTERS, THREADS, SHARED, BLOCKS = 65536, 2048, 228 * 1024, 32
 WARN = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
 TYPES = {"f": "float32", "d": "float64"}
+# How tiles.cuh multiplies, by the mangled name: products per number, or none of tensor cores.
+POLICIES = {
+    "WarpTileILi2ELi2E": "3xTF32",
+    "WarpTileILi2ELi0E": "2xTF32",
+    "WarpTileILi0ELi2E": "2xTF32",
+    "WarpTileILi1ELi1E": "TF32",
+    "PairTileI": "16-bit",
+}
 
 
 def setup():
@@ -33,9 +41,9 @@ def setup():
     return module
 
 
-def compiled(nvcc: str, folder: Path) -> str:
+def compiled(nvcc: str, folder: Path, arch: str = "90a") -> str:
     """Cubins of csrc/cuda in a folder; the compiler's report."""
-    flags = [*setup().NVCC_FLAGS.split(), "-gencode=arch=compute_90a,code=sm_90a", WARN]
+    flags = [*setup().NVCC_FLAGS.split(), f"-gencode=arch=compute_{arch},code=sm_{arch}", WARN]
     running = [
         subprocess.Popen(
             [nvcc, *flags, "-cubin", str(source), "-o", str(folder / f"{source.name}.cubin")],
@@ -52,20 +60,25 @@ def compiled(nvcc: str, folder: Path) -> str:
     return text
 
 
+def words(name: str, kind: str, arguments: str) -> str:
+    """Kernel, type, policy, template numbers: the tile of a policy, or the largest block."""
+    policy = next((policy for policy in POLICIES if policy in arguments), None)
+    numbers = re.findall(r"Li([0-9]+)E", arguments.partition(policy)[2] if policy else arguments)
+    parts = [name, TYPES[kind], POLICIES[policy]] if policy else [name, TYPES[kind]]
+    return " ".join([*parts, "x".join(numbers)]).strip()
+
+
 def kernels(report: str) -> dict[str, dict[str, int]]:
-    """Kernel, type and template numbers, in words → registers, stack bytes, spilled bytes."""
+    """Kernel, type, policy and numbers, in words → registers, stack bytes, spilled bytes."""
     pattern = (
         r"entry function '_ZN4mmae4cuda\d+([a-z0-9_]+_kernel)I([fd])([^']*?)Ev[^']*'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
         r"Used (\d+) registers"
     )
     found = {}
-    for name, kind, numbers, stack, stores, loads, registers in re.findall(
-        pattern, report, re.DOTALL
-    ):
-        values = re.findall(r"Li([0-9]+)E", numbers)
+    for *parts, stack, stores, loads, registers in re.findall(pattern, report, re.DOTALL):
         row = {"registers": int(registers), "stack": int(stack), "spill": int(stores) + int(loads)}
-        key = " ".join([name, TYPES[kind], *values])
+        key = words(*parts)
         assert found.setdefault(key, row)["registers"] == row["registers"], key
     return dict(sorted(found.items()))
 

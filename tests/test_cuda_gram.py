@@ -171,7 +171,17 @@ def fast_gram(z, side, precision="highest"):
     return module.gram(z, None, side == "samples", True, False).gram
 
 
-def test_precision():
+def gradient_error(z, precision, normalize=True, center=False):
+    """Of order 2, with a weight at full precision, relative to the largest entry."""
+    x = z.double().requires_grad_()
+    reference.matrix_entropy(x, 2.0, normalize=normalize, center=center).backward()
+    _, weight = cuda_backend.matrix_entropy_fwd(z, None, 2.0, normalize, center, True)
+    run = cuda_backend.at(precision).weight_bwd
+    got = run(weight.new_ones(()), z, None, weight, normalize, center)
+    return ((got - x.grad).abs().max() / x.grad.abs().max()).item()
+
+
+def test_precision(ops):
     """Three passes are float32; one rounds to 2^-11 where it is permitted, and nowhere else."""
     z = features("gaussian", 70, 90)
     assert max(gram_errors(z)) < 1e-6
@@ -179,9 +189,25 @@ def test_precision():
         assert all(1e-5 < error < 2e-3 for error in gram_errors(z, precision=precision))
     assert max(gram_errors(z.double(), precision="medium")) < 1e-13
     assert dispatch.module("cuda:high").gram.keywords == {"tf32": True}
-    value, _ = cuda_backend.at("medium").matrix_entropy_fwd(z, None, 1.0, True, False, False)
-    truth = reference.matrix_entropy(z.double())
-    assert 1e-8 < abs(value.item() - truth.item()) < 1e-3
+    truth = reference.matrix_entropy(z.double(), 2.0)
+    for alpha in (1.0, 2.0):
+        for ops.fused in (True, False):
+            errors = []
+            for precision in ("highest", "medium"):
+                module = cuda_backend.at(precision)
+                value, _ = module.matrix_entropy_fwd(z, None, alpha, True, False, False)
+                truth = reference.matrix_entropy(z.double(), alpha)
+                errors.append(abs(value.item() - truth.item()))
+            assert errors[0] < 1e-6 and 1e-8 < errors[1] < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(70, 90), (90, 70), (300, 130)], ids=str)
+@pytest.mark.parametrize("rows", [{}, {"center": True}, {"normalize": False}], ids=str)
+def test_precision_of_gradients(shape, rows):
+    z = features("gaussian", *shape)
+    assert gradient_error(z, "highest", **rows) < 2e-6
+    assert all(1e-5 < gradient_error(z, word, **rows) < 4e-3 for word in ("high", "medium"))
+    assert gradient_error(z.double(), "medium", **rows) < 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -192,6 +218,72 @@ def test_products_of_16_bit_numbers_are_exact(dtype):
     samples, side = gram_errors(z), gram_errors(z, precision="medium")
     assert samples[0] < 3e-7 and side[0] == samples[0]
     assert samples[1] < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_range_of_16_bit_numbers(dtype):
+    """The largest and the smallest that there are, in one row and in many, and beyond them."""
+    info = torch.finfo(dtype)
+    z = features("gaussian", 6, 40).clamp(-1, 1).double()
+    largest, smallest = info.max * 0.9, info.smallest_normal * info.eps
+    for scales in ([largest] * 6, [largest, 1, 1, 1, 1, smallest * 1e3], [smallest * 1e3] * 6):
+        x = (z * torch.tensor(scales).unsqueeze(-1)).to(dtype)
+        # A row shorter than 2^-128 has no float32 for one over its length.
+        if dtype == torch.float16 or min(scales) > 2.0**-120:
+            assert gram_errors(x)[0] < 3e-7
+    x = z.to(dtype)
+    for bad in (math.nan, math.inf):
+        x[2, 3] = bad
+        g = fast_gram(x, "samples")
+        assert not g[2].isfinite().any() and not g[:, 2].isfinite().any()
+        others = torch.arange(6) != 2
+        assert g[others][:, others].isfinite().all()
+        assert coding_rate_of(x).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_alignment_does_not_matter(ops, dtype):
+    """Vectors where rows are aligned, single numbers where not: the same bits."""
+    z = features("gaussian", 2, 21, 90, dtype=dtype)
+    for d in (1, 7, 8, 90):
+        spaced = torch.stack([z, z], -1).flatten(-2)[..., : 2 * d : 2]
+        shifted = torch.cat([z[..., :1], z], -1)[..., 1 : d + 1]
+        aligned = torch.nn.functional.pad(z[..., :d], (0, 96 - d))[..., :d]
+        results = [(fast_gram(x, "samples"), coding_rate_of(x)) for x in (aligned, shifted, spaced)]
+        for got, rate in results[1:]:
+            assert torch.equal(got, results[0][0]) and torch.equal(rate, results[0][1])
+
+
+def coding_rate_of(z):
+    return cuda_backend.coding_rate_fwd(z, None, 1.0, True, False, False)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9), (33, 70), (65, 66), (70, 33), (130, 129)], ids=str)
+def test_gradients_of_16_bit_features(shape, dtype):
+    z = features("gaussian", *shape, dtype=dtype)
+    for rows in ({}, {"center": True}, {"normalize": False}):
+        check(coding_rate(1.0), z, **rows)
+        check(entropy(1.0), z, **rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_lanes_of_tensor_cores(dtype):
+    """The emulated instructions against a description of their operands by someone else."""
+    depth = 8 if dtype == torch.float32 else 16
+    left = torch.arange(16.0 * depth).reshape(16, depth).sin().mul(64).round().to(dtype)
+    right = torch.arange(8.0 * depth).reshape(8, depth).cos().mul(64).round().to(dtype)
+    out = torch.empty(16, 8)
+    code = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
+    emulator().warp_product(code, left.data_ptr(), right.data_ptr(), out.data_ptr())
+    assert torch.equal(out, left.float() @ right.float().mT)  # small integers: exact
+
+
+def test_banks():
+    """What the lanes of a warp read at once lies in 32 banks, whichever way it was staged."""
+    for width in (32, 64, 128, 256):
+        for along_steps in (True, False):
+            assert sorted(emulator().banks(width, along_steps)) == list(range(32))
 
 
 @pytest.mark.parametrize("side", ["samples", "features"])

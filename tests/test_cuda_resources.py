@@ -11,24 +11,35 @@ from pathlib import Path
 import pytest
 
 from .cuda_emulation.harness import emulator, needs_emulator
-from .cuda_resources import BUDGET, PAGE, compiled, kernels, occupancy, page, setup
+from .cuda_resources import (
+    BUDGET,
+    PAGE,
+    POLICIES,
+    compiled,
+    kernels,
+    occupancy,
+    page,
+    setup,
+    words,
+)
 
-# The orders that are worth a line: the largest of each plan, and of images of 197 tokens.
+# The orders that are worth a line: the largest of each plan, and of images of 197 tokens. Kernel,
+# type and numbers; whatever the policy.
 ORDERS = {
-    "spectral_kernel float32 4": (32, 64),
-    "spectral_kernel float32 8": (128,),
-    "spectral_kernel float64 4": (32, 64),
-    "spectral_kernel float64 6": (96,),
+    "spectral_kernel float32 2x2": (32, 64),
+    "spectral_kernel float32 2x8": (128,),
+    "spectral_kernel float64 4x4": (32, 64),
+    "spectral_kernel float64 6x6": (96,),
     "packed_kernel float32": (197, 256),
     "packed_kernel float64": (151, 197, 233),
     "jacobi_kernel float32 256": (32, 64, 128),
     "jacobi_kernel float32 512": (153, 197, 235),
     "jacobi_kernel float64 256": (32, 64, 103, 128),
     "jacobi_kernel float64 512": (139, 165),
-    "features_bwd_kernel float32 8": (128,),
-    "features_bwd_kernel float32 16": (256,),
-    "features_bwd_kernel float64 6": (96,),
-    "features_bwd_kernel float64 16": (256,),
+    "features_bwd_kernel float32 2x2": (128,),
+    "features_bwd_kernel float32 2x4": (256,),
+    "features_bwd_kernel float64 2x6": (96,),
+    "features_bwd_kernel float64 2x16": (256,),
 }
 
 
@@ -40,7 +51,8 @@ def plans_of(name: str) -> list[dict[str, int]]:
     one_matrix = {"spectral_kernel": "spectral", "packed_kernel": "packed_rate"}
     one_matrix["jacobi_kernel"] = "jacobi"
     rows = []
-    for order in ORDERS.get(name, (0,)):
+    without_policy = " ".join(part for part in name.split() if part not in POLICIES.values())
+    for order in ORDERS.get(without_policy, (0,)):
         threads, shared = 256, 0
         if kernel in one_matrix:
             plan = m.plan(getattr(m.Kernel, one_matrix[kernel]), order, is_double)
@@ -48,8 +60,7 @@ def plans_of(name: str) -> list[dict[str, int]]:
         elif kernel == "features_bwd_kernel":
             shared = m.rows_shared_bytes(order, is_double)
         elif kernel in ("gram_kernel", "samples_bwd_kernel"):
-            by_warps = kernel == "gram_kernel" and not is_double
-            shared = m.product_shared_bytes(is_double, by_warps)
+            shared = m.product_shared_bytes(is_double)
         elif kernel == "row_mean_kernel":
             shared = m.row_mean_shared_bytes
         elif kernel == "common_scale_kernel":
@@ -85,6 +96,20 @@ def test_compiler_keeps_to_the_budget(built, budget):
         assert row["registers"] <= budget[name]["registers"] + 8, f"{name}: {row}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "100", "120"])
+def test_other_architectures(tmp_path, arch):
+    nvcc, reason = setup().find_toolkit()
+    if nvcc is None:
+        pytest.skip(f"needs nvcc: {reason}")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True)
+    if f"compute_{arch}" not in known.stdout.split():
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    report = compiled(nvcc, tmp_path, arch)
+    assert "warning" not in report, report
+    assert all(row["stack"] == 0 and row["spill"] == 0 for row in kernels(report).values())
+
+
 @needs_emulator
 def test_plans_are_those_of_the_budget(budget):
     for name, row in budget.items():
@@ -103,7 +128,11 @@ def test_occupancy(budget):
     assert blocks["packed_kernel float32", 197] == 2
     assert blocks["jacobi_kernel float32 256", 64] >= 3
     assert blocks["jacobi_kernel float32 256", 32] >= 8
-    assert blocks["gram_kernel float32 3", 0] >= 2
+    for name in ("gram_kernel float32 3xTF32 2x2", "gram_kernel float32 16-bit 2x2"):
+        assert blocks[name, 0] >= 2
+    assert blocks["samples_bwd_kernel float32 3xTF32 2x2", 0] >= 2
+    assert blocks["features_bwd_kernel float32 3xTF32 2x4", 256] >= 2
+    assert blocks["spectral_kernel float32 3xTF32 2x2", 64] >= 2
 
 
 def test_page(budget):
@@ -131,15 +160,30 @@ def test_instructions(built):
     seen = {}
     for cubin in sorted(built[1].glob("*.cubin")):
         seen |= functions(tool, cubin)
-    products = {"WarpTileILi1E": 4, "WarpTileILi3E": 12}  # per step of 8
-    for name, text in seen.items():
-        assert not re.search(r"\b(LDL|STL)\b", text), name
-        wanted = [count for policy, count in products.items() if policy in name]
-        tensor_core = re.findall(r"\bHMMA\.\S*TF32", text)
-        assert len(tensor_core) == (wanted[0] if wanted else 0), name
-        assert "HMMA" not in text or wanted, name
-        if "jacobi_kernelIf" in name or "samples_bwd_kernelIf" in name:
+    products = {"3xTF32": 3, "2xTF32": 2, "TF32": 1}
+    kinds = set()
+    for mangled, text in seen.items():
+        assert not re.search(r"\b(LDL|STL)\b", text), mangled
+        found = re.search(r"cuda\d+([a-z0-9_]+_kernel)I([fd])(.*?)Ev", mangled)
+        name = words(*found.groups())
+        kernel, *kind = name.split()
+        instructions = re.findall(r"\bHMMA\.(\S+)", text)
+        if len(kind) == 3:  # type, policy, tile
+            kinds.add((kernel, kind[1]))
+            rows, columns = map(int, kind[2].split("x"))
+            if kind[1] == "16-bit":  # one loop for either type, of 16 numbers per step
+                wanted = ["16816.F32", "16816.F32.BF16"]
+            else:
+                wanted = ["1688.F32.TF32"] * products[kind[1]]
+            assert sorted(instructions) == sorted(wanted * (rows * columns)), name
+        else:
+            assert not instructions, name
+        if kernel == "jacobi_kernel" and kind[0] == "float32":
             assert text.count("FFMA") > 16, name
-        if "gram_kernelId" in name or "samples_bwd_kernelId" in name:
+        if kernel in ("gram_kernel", "samples_bwd_kernel") and kind[0] == "float64":
             assert text.count("DFMA") > 16, name
-    assert sum("gram_kernelIf" in name for name in seen) >= 2
+    forward = {(kernel, policy) for kernel in ("spectral_kernel", "gram_kernel")
+               for policy in ("3xTF32", "TF32", "16-bit")}  # fmt: skip
+    backward = {(kernel, policy) for kernel in ("samples_bwd_kernel", "features_bwd_kernel")
+                for policy in ("3xTF32", "TF32", "2xTF32")}  # fmt: skip
+    assert kinds == forward | backward

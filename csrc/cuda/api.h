@@ -42,7 +42,8 @@ const char* gram_entropy(DType dtype, int64_t batch, int64_t k, const void* g, d
 const char* gram(const Features&, bool samples, bool tf32, void* gram, void* scale, void* mean,
                  Queue);
 // grad (batch), weight (batch, k, k) → grad_z (batch, n, d) in z's type. scale (batch, n) and mean
-// (batch, d) are scratch for the features side. tf32: whether weight and rows may be rounded to TF32.
+// (batch, d) are scratch for the features side. tf32: whether weight and rows may be rounded to
+// TF32.
 const char* weight_bwd(const Features&, const void* grad, const void* weight, void* scale,
                        void* mean, void* grad_z, bool tf32, Queue);
 

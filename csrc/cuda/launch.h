@@ -33,9 +33,9 @@ inline bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype =
 
 // How a Gram matrix is made. tf32: permission to round float32 operands.
 inline Unit gram_unit(const Features& f, bool samples) {
-  return f.dtype == DType::kFloat64                         ? Unit::kDouble
+  return f.dtype == DType::kFloat64                   ? Unit::kDouble
          : samples && !f.center && is_16_bit(f.dtype) ? Unit::kPairs
-                                                            : Unit::kFloat;
+                                                      : Unit::kFloat;
 }
 
 template <int R, int C>
@@ -51,9 +51,9 @@ auto spectral_kernel_of(const SpectralPlan& plan, Unit unit, bool tf32) {
     return plan.tile == 4 ? spectral_kernel<T, ThreadTile<T, 4, 4>>
                           : spectral_kernel<T, ThreadTile<T, kLarge, kLarge>>;
   } else if (plan.width == 128) {
-    return unit == Unit::kPairs ? spectral_kernel<T, PairTile<4, 4>>
-           : tf32               ? spectral_kernel<T, Rounded<4, 4>>
-                                : spectral_kernel<T, Split<4, 4>>;
+    return unit == Unit::kPairs ? spectral_kernel<T, PairTile<2, 8>>
+           : tf32               ? spectral_kernel<T, Rounded<2, 8>>
+                                : spectral_kernel<T, Split<2, 8>>;
   } else {
     return unit == Unit::kPairs ? spectral_kernel<T, PairTile<2, 2>>
            : tf32               ? spectral_kernel<T, Rounded<2, 2>>
@@ -159,8 +159,8 @@ void launch_measure(L& launch, const Features& f, Measure m, T* value, T* weight
   launch_of_gram<T>(launch, f, in, f.k(), m, value, weight);
 }
 
-// W' Z and Ẑ W': Z of 16 bits enters whole, so that only W' is split; Ẑ likewise where it is Z up to
-// powers of two.
+// W' Z and Ẑ W': Z of 16 bits enters whole, so that only W' is split; Ẑ likewise where it is Z up
+// to powers of two.
 template <class T>
 auto samples_bwd_kernel_of(DType dtype, bool tf32) {
   if constexpr (sizeof(T) == 8)
@@ -203,9 +203,9 @@ void launch_weight_bwd(L& launch, const Features& f, const T* grad, const T* wei
   if (f.center) launch_row_mean<T>(launch, f, scale, mean);
   if (f.d == 0) return;
   const bool whole = !f.center && is_16_bit(f.dtype);
-  launch(features_bwd_kernel_of<T>(plan, whole, tf32),
-         f.batch * ceil_div(f.n, RowsPlan::kRows), RowsPlan::kThreads, plan.shared_bytes, f, plan,
-         grad, weight, static_cast<const T*>(scale), applied, grad_z);
+  launch(features_bwd_kernel_of<T>(plan, whole, tf32), f.batch * ceil_div(f.n, RowsPlan::kRows),
+         RowsPlan::kThreads, plan.shared_bytes, f, plan, grad, weight, static_cast<const T*>(scale),
+         applied, grad_z);
 }
 
 }  // namespace cuda

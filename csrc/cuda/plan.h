@@ -51,11 +51,11 @@ struct Stage {
   constexpr int at(int p, int i) const { return p * step + i * row; }
 };
 
-// Of depth x width entries that lie in global memory along the steps, or along i: neighbours there
-// are neighbours here, so that they are written to different banks. A warp reads entries (p + q, i +
-// g), g = lane / 4, q = lane % 4: with a row of 4 words more than a multiple of 32, or a step of 8
-// more, banks 4 g + q or 8 q + g, all different. Threads read neighbours in i; their odd step lets
-// neighbours in p be written.
+// Of depth x width entries that lie in global memory along the steps, or along i. By warps:
+// neighbours there are neighbours here, so that they are written to different banks; of entries (p
+// + q, i + g), g = lane / 4, q = lane % 4, which a warp reads at once, a row of 4 words more than a
+// multiple of 32 makes banks 4 g + q, and a step of 8 more banks 8 q + g: 32 either way. By
+// threads: neighbours in i are read at once, and an odd step lets neighbours in p be written.
 constexpr Stage stage_of(Layout& layout, Unit unit, int width, int depth, bool along_steps) {
   Stage s{};
   if (by_warps(unit)) {
@@ -73,19 +73,19 @@ constexpr Stage stage_of(Layout& layout, Unit unit, int width, int depth, bool a
 }
 
 // Fused kernel: one block per matrix. G is made by side x side threads, each with tile x tile
-// entries, or by their warps, with 32 x 16 entries each (width = 128: 64 x 32).
+// entries, or by their warps, with 32 x 16 entries each (width = 128: 32 x 64).
 struct SpectralPlan {
   int k, ld;       // order; odd leading dimension of the k x ld square (ld > k)
   int side, tile;  // side * tile >= k
   int width;       // side * tile
-  int depth;       // numbers per row of a staged step
+  int rows;        // all rows (samples side), or those of a staged step
   int threads;
   // Byte offsets of the arrays in shared memory, T but for `partial`.
-  int square;   // (k, ld): lower triangle A, then -A⁻¹ or V; G_ij, i <= j, at column j + 1
+  int square;  // (k, ld): lower triangle A, then -A⁻¹ or V; G_ij, i <= j, at column j + 1
   Stage stage;
-  int scale;    // (max(k, depth)): of all rows (samples side), of the staged rows (features side)
-  int keep;     // (max(k, depth)): 1 for rows that the mask keeps, else 0; rows as in scale
-  int mean;     // (max(k, depth)): mean row; on the samples side the part of the staged columns
+  int scale;    // (rows)
+  int keep;     // (rows): 1 for rows that the mask keeps, else 0
+  int mean;     // (rows): mean row; on the samples side the part of the staged columns
   int along;    // (k): centred row times mean row
   int column;   // (2, k): pivot column of this step of the sweep and of the next
   int pivot;    // (k)
@@ -102,16 +102,15 @@ constexpr SpectralPlan spectral_plan(int64_t order, Unit unit, bool samples) {
   p.side = order <= 32 ? 8 : 16;
   p.tile = order <= 64 ? 4 : is_double ? 6 : 8;
   p.width = p.side * p.tile;
-  p.depth = numbers_of(unit);
   p.threads = p.side * p.side;
-  const int rows = p.k > p.depth ? p.k : p.depth;
+  p.rows = p.k > depth_of(unit) ? p.k : depth_of(unit);  // no step of pairs needs more
   Layout layout;
   p.partial = layout.take(p.threads / kWarp, 8);
   p.square = layout.take(int64_t(p.k) * p.ld, size);
   p.stage = stage_of(layout, unit, p.width, depth_of(unit), samples);
-  p.scale = layout.take(rows, size);
-  p.keep = layout.take(rows, size);
-  p.mean = layout.take(rows, size);
+  p.scale = layout.take(p.rows, size);
+  p.keep = layout.take(p.rows, size);
+  p.mean = layout.take(p.rows, size);
   p.along = layout.take(p.k, size);
   p.column = layout.take(2 * int64_t(p.k), size);
   p.pivot = layout.take(p.k, size);
@@ -224,18 +223,16 @@ static_assert(max_order(Kernel::kJacobi, false, 163 * 1024) >= 192);
 static_assert(max_order(Kernel::kJacobi, false, kSharedBudget) >= 128);
 static_assert(max_order(Kernel::kJacobi, true, kSharedBudget) >= 96);
 
-// Tiled products: kTile x kTile outputs per block, by 16 x 16 threads with 4 x 4 entries each, or by
-// 8 warps with 32 x 16 each.
+// Tiled products: kTile x kTile outputs per block, by 16 x 16 threads with 4 x 4 entries each, or
+// by 8 warps with 32 x 16 each.
 struct ProductPlan {
   static constexpr int kTile = 64, kSide = 16, kThreads = kSide * kSide;
-  int depth;  // numbers per row of a staged step
   Stage left, right;
   int shared_bytes;
 };
 
 constexpr ProductPlan product_plan(Unit unit, bool left_along_steps, bool right_along_steps) {
   ProductPlan p{};
-  p.depth = numbers_of(unit);
   Layout layout;
   p.left = stage_of(layout, unit, ProductPlan::kTile, depth_of(unit), left_along_steps);
   p.right = stage_of(layout, unit, ProductPlan::kTile, depth_of(unit), right_along_steps);
@@ -247,11 +244,11 @@ constexpr ProductPlan product_plan(Unit unit, bool left_along_steps, bool right_
 // entries each, or by 8 warps with all rows of an eighth of the columns each.
 struct RowsPlan {
   static constexpr int kRows = 32, kSide = 16, kThreads = kSide * kSide;
-  int width, depth;  // columns, at least d; rows of a staged step of W'
-  int steps;         // columns of the staged rows: d, filled up to a multiple of depth
-  int across;        // warps that share a row
-  Stage x, w;        // x (steps, kRows), w (depth, width)
-  int partial;       // (across, kRows) float64
+  int width;    // columns, at least d
+  int steps;    // of the product: d, filled up to a multiple of a staged step
+  int across;   // warps that share a row
+  Stage x, w;   // x (steps, kRows), w (a staged step, width)
+  int partial;  // (across, kRows) float64
   int shared_bytes;
 };
 
@@ -262,12 +259,11 @@ constexpr int rows_width(int64_t d, bool is_double) {
 constexpr RowsPlan rows_plan(int64_t d, Unit unit) {
   RowsPlan p{};
   p.width = rows_width(d, unit == Unit::kDouble);
-  p.depth = depth_of(unit);
-  p.steps = int(ceil_div(d, p.depth)) * p.depth;
+  p.steps = int(ceil_div(d, depth_of(unit))) * depth_of(unit);
   p.across = by_warps(unit) ? RowsPlan::kThreads / kWarp : 1;
   Layout layout;
   p.x = stage_of(layout, unit, RowsPlan::kRows, p.steps, true);
-  p.w = stage_of(layout, unit, p.width, p.depth, false);
+  p.w = stage_of(layout, unit, p.width, depth_of(unit), false);
   p.partial = layout.take(p.across * RowsPlan::kRows, 8);
   p.shared_bytes = layout.bytes;
   return p;

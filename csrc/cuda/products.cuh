@@ -10,8 +10,8 @@
 //
 // Ẑ is never written: rows are scaled and centred on their way into shared memory, and the
 // projection is an epilogue on the accumulators. gram computes the tiles of one triangle and writes
-// each twice, so that the result is exactly symmetric. How a block multiplies is a policy (tiles.cuh);
-// sums run in two levels (kFlush).
+// each twice, so that the result is exactly symmetric. How a block multiplies is a policy
+// (tiles.cuh); sums run in two levels (kFlush).
 #pragma once
 #include "rows.cuh"
 #include "tiles.cuh"
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // scale (batch, n), mean (batch, d) → along (batch, n). Grid: one warp per row.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 4)
     row_along_kernel(const Features f, const T* scale, const T* mean, T* along) {
   const int64_t at = int64_t(blockIdx.x) * (kMaxThreads / kWarp) + threadIdx.x / kWarp;
   if (at >= f.batch * f.n) return;  // whole warps leave
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
     gram_kernel(const Features f, const ProductPlan plan, bool samples, const T* scale,
                 const T* mean, T* out) {
   using Word = typename Tile::Word;
-  constexpr int kTile = ProductPlan::kTile;
+  constexpr int kTile = ProductPlan::kTile, kDepth = numbers_of(Tile::kUnit);
   const int64_t k = samples ? f.n : f.d, length = samples ? f.d : f.n, tiles = ceil_div(k, kTile);
   const int64_t index = blockIdx.x / (tiles * tiles), at_tile = blockIdx.x % (tiles * tiles);
   const int64_t i0 = at_tile / tiles * kTile, j0 = at_tile % tiles * kTile;
@@ -132,14 +132,14 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
   if (mean) mean += index * f.d;
   const Operand<Word> left = operand<Word>(plan.left), right = operand<Word>(plan.right);
   Summed<Tile> product{Tile(kTile, kTile, f.dtype)};
-  for (int64_t at = 0; at < length; at += plan.depth) {
+  for (int64_t at = 0; at < length; at += kDepth) {
     if constexpr (Tile::kUnit == Unit::kPairs) {
       rows.stage_pairs(left.words, plan.left, kTile, i0, at, scale + i0);
       rows.stage_pairs(right.words, plan.right, kTile, j0, at, scale + j0);
     } else {
-      for (int e = int(threadIdx.x); e < kTile * plan.depth; e += ProductPlan::kThreads) {
-        const int p = samples ? e % plan.depth : e / kTile;
-        const int i = samples ? e / plan.depth : e % kTile;
+      for (int e = int(threadIdx.x); e < kTile * kDepth; e += ProductPlan::kThreads) {
+        const int p = samples ? e % kDepth : e / kTile;
+        const int i = samples ? e / kDepth : e % kTile;
         left(p, i) = samples ? rows.prepared(i0 + i, at + p, scale, mean)
                              : rows.prepared(at + p, i0 + i, scale, mean);
         right(p, i) = samples ? rows.prepared(j0 + i, at + p, scale, mean)
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
     }
     __syncthreads();  // both operands are complete
     product.tile.add(left, right, depth_of(Tile::kUnit));
-    if ((at + plan.depth) % Tile::kFlush == 0) product.flush();
+    if ((at + kDepth) % Tile::kFlush == 0) product.flush();
     __syncthreads();  // and read, before the next step overwrites them
   }
   product.flush();
@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
     const int64_t i = i0 + product.tile.row(e), j = j0 + product.tile.column(e);
     if (i >= k || j >= k) continue;
     T g = product.total[e];
-    if constexpr (Tile::kUnit == Unit::kPairs) g *= pair_rest(scale[i], f.dtype) * pair_rest(scale[j], f.dtype);
+    if constexpr (Tile::kUnit == Unit::kPairs)
+      g *= pair_rest(scale[i], f.dtype) * pair_rest(scale[j], f.dtype);
     // The diagonal of normalised rows is 1 by definition.
     if (i == j && samples && f.normalize && !f.center && scale[i] > T(0)) g = 1;
     out[i * k + j] = g;
@@ -172,7 +173,7 @@ template <class T, class Tile>
 __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
     samples_bwd_kernel(const Features f, const ProductPlan plan, const T* grad, const T* weight,
                        void* grad_z) {
-  constexpr int kTile = ProductPlan::kTile;
+  constexpr int kTile = ProductPlan::kTile, kDepth = numbers_of(Tile::kUnit);
   const int64_t across = ceil_div(f.d, kTile), tiles = ceil_div(f.n, kTile) * across;
   const int64_t index = blockIdx.x / tiles, at_tile = blockIdx.x % tiles;
   const int64_t i0 = at_tile / across * kTile, j0 = at_tile % across * kTile;
@@ -180,17 +181,17 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
   weight += index * f.n * f.n;
   const Operand<T> left = operand<T>(plan.left), right = operand<T>(plan.right);
   Summed<Tile> product{Tile(kTile, kTile, f.dtype)};
-  for (int64_t at = 0; at < f.n; at += plan.depth) {
-    for (int e = int(threadIdx.x); e < kTile * plan.depth; e += ProductPlan::kThreads) {
-      int p = e % plan.depth, i = e / plan.depth;
+  for (int64_t at = 0; at < f.n; at += kDepth) {
+    for (int e = int(threadIdx.x); e < kTile * kDepth; e += ProductPlan::kThreads) {
+      int p = e % kDepth, i = e / kDepth;
       left(p, i) = i0 + i < f.n && at + p < f.n ? weight[(i0 + i) * f.n + at + p] : T(0);
       p = e / kTile, i = e % kTile;
       right(p, i) =
           at + p < f.n && j0 + i < f.d && rows.kept(at + p) ? rows.load(at + p, j0 + i) : T(0);
     }
     __syncthreads();  // both operands are complete
-    product.tile.add(left, right, plan.depth);
-    if ((at + plan.depth) % Tile::kFlush == 0) product.flush();
+    product.tile.add(left, right, kDepth);
+    if ((at + kDepth) % Tile::kFlush == 0) product.flush();
     __syncthreads();  // and read, before the next step overwrites them
   }
   product.flush();
@@ -207,10 +208,11 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
 // needs only a sum over the threads that share them. Tile::kWholeLeft: rows not centred, of 16-bit
 // numbers, staged times a power of two; the rest of their scale comes after the product.
 template <class T, class Tile>
-__global__ void __launch_bounds__(RowsPlan::kThreads)
+__global__ void __launch_bounds__(RowsPlan::kThreads, 2)
     features_bwd_kernel(const Features f, const RowsPlan plan, const T* grad, const T* weight,
                         const T* scale, const T* mean, void* grad_z) {
-  constexpr int kRows = RowsPlan::kRows;
+  constexpr int kRows = RowsPlan::kRows, kDepth = numbers_of(Tile::kUnit);
+  constexpr int kWidth = Tile::width_of(kRows, RowsPlan::kThreads);
   const int64_t blocks = ceil_div(f.n, kRows), index = blockIdx.x / blocks;
   const int64_t i0 = int64_t(blockIdx.x) % blocks * kRows;
   const int d = int(f.d), t = int(threadIdx.x);
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(RowsPlan::kThreads)
   if (mean) mean += index * d;
   const Operand<T> x = operand<T>(plan.x), w = operand<T>(plan.w);
   const Shared<double> partial = shared_array<double>(plan.partial, plan.across * kRows);
-  Summed<Tile> product{Tile(kRows, plan.width, f.dtype)};
+  Summed<Tile> product{Tile(kRows, kWidth, f.dtype)};
   const Tile& tile = product.tile;
   for (int e = t; e < kRows * plan.steps; e += RowsPlan::kThreads) {
     const int j = e % plan.steps, i = e / plan.steps;
@@ -229,59 +231,55 @@ __global__ void __launch_bounds__(RowsPlan::kThreads)
     else
       x(j, i) = rows.prepared(i0 + i, j, scale, mean);
   }
-  for (int at = 0; at < d; at += plan.depth) {
-    for (int e = t; e < plan.depth * plan.width; e += RowsPlan::kThreads) {
-      const int p = e / plan.width, j = e % plan.width;
+  for (int at = 0; at < d; at += kDepth) {
+#pragma unroll 2  // more would cost the second block of a multiprocessor its registers
+    for (int e = t; e < kDepth * kWidth; e += RowsPlan::kThreads) {
+      const int p = e / kWidth, j = e % kWidth;
       w(p, j) = at + p < d && j < d ? weight[(at + p) * d + j] : T(0);
     }
     __syncthreads();  // this step of W' and, at first, x are complete
-    product.tile.add(x.from(at), w, plan.depth);
-    if ((at + plan.depth) % Tile::kFlush == 0) product.flush();
+    product.tile.add(x.from(at), w, kDepth);
+    if (Tile::kFlush < kMaxOrder && (at + kDepth) % Tile::kFlush == 0) product.flush();
     __syncthreads();  // w has been read, before the next step overwrites it
   }
   product.flush();
-  // Per row of this thread: scale and, of rows times a power of two, what of it is still to come.
-  T factor[Tile::kSlots], rest[Tile::kSlots], along[Tile::kSlots] = {};
-#pragma unroll
-  for (int s = 0; s < Tile::kSlots; ++s) {
-    const int64_t row = i0 + tile.row_of_slot(s);
-    factor[s] = row < f.n ? scale[row] : T(0);
-    rest[s] = 1;
-    if constexpr (Tile::kWholeLeft) rest[s] = rest_in(factor[s]);
-  }
-  // Entry e of the rows that were normalised, before centring.
-  const auto unit = [&](int e, int j) -> T {
-    return rest[Tile::slot(e)] * x(j, tile.row(e)) + (mean ? mean[j] : T(0));
-  };
+  // Entry of the row that was normalised, before centring, as it was staged.
+  const auto unit = [&](int i, int j) -> T { return x(j, i) + (mean ? mean[j] : T(0)); };
   if (f.normalize) {
 #pragma unroll
     for (int s = 0; s < Tile::kSlots; ++s) {
+      const int i = tile.row_of_slot(s);
       double part = 0;
 #pragma unroll
-      for (int e = 0; e < Tile::kEntries; ++e) {
-        const int j = tile.column(e);
-        if (Tile::slot(e) == s && j < d) part += double(unit(e, j)) * (rest[s] * product.total[e]);
-      }
+      for (int e = 0; e < Tile::kEntries; ++e)
+        if (Tile::slot(e) == s && tile.column(e) < d)
+          part += double(unit(i, tile.column(e))) * product.total[e];
       part = warp_reduce(part, Sum{}, tile.sharing() / 2);
-      if (t % tile.sharing() == 0) partial[tile.across() * kRows + tile.row_of_slot(s)] = part;
+      if (t % tile.sharing() == 0) partial[tile.across() * kRows + i] = part;
     }
-    __syncthreads();  // every warp's part of the projection is there
-#pragma unroll
-    for (int s = 0; s < Tile::kSlots; ++s) {
-      double sum = 0;
-      for (int w = 0; w < plan.across; ++w) sum += partial[w * kRows + tile.row_of_slot(s)];
-      along[s] = T(sum);
-    }
+    __syncthreads();  // every warp's part of the projections is there
   }
 #pragma unroll
-  for (int e = 0; e < Tile::kEntries; ++e) {
-    const int s = Tile::slot(e), j = tile.column(e);
-    const int64_t row = i0 + tile.row(e);
-    if (row >= f.n || j >= d) continue;
-    const T y = rest[s] * product.total[e];
-    // A dropped row may have met NaN in W'.
-    const T g = rows.kept(row) ? grad[index] * factor[s] * (y - along[s] * unit(e, j)) : T(0);
-    store(grad_z, f.dtype, (index * f.n + row) * d + j, g);
+  for (int s = 0; s < Tile::kSlots; ++s) {
+    const int i = tile.row_of_slot(s);
+    if (i0 + i >= f.n) continue;
+    const bool kept = rows.kept(i0 + i);  // a dropped row may have met NaN in W'
+    T factor = grad[index] * scale[i0 + i];
+    double along = 0;
+    if (f.normalize)
+      for (int w = 0; w < plan.across; ++w) along += partial[w * kRows + i];
+    if constexpr (Tile::kWholeLeft) {
+      const T rest = rest_in(scale[i0 + i]);
+      factor *= rest;
+      along *= double(rest) * rest;
+    }
+#pragma unroll
+    for (int e = 0; e < Tile::kEntries; ++e) {
+      const int j = tile.column(e);
+      if (Tile::slot(e) != s || j >= d) continue;
+      const T g = kept ? factor * (product.total[e] - T(along) * unit(i, j)) : T(0);
+      store(grad_z, f.dtype, (index * f.n + i0 + i) * d + j, g);
+    }
   }
 }
 

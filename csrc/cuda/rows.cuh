@@ -90,8 +90,8 @@ struct Rows {
   }
 
   // By the whole block: columns at ... of rows first, first + 1, ... (`width` of them) as pairs of
-  // 16-bit numbers, times the power of two in scale[i], 0 where the row is dropped or the position is
-  // outside of the matrix.
+  // 16-bit numbers, times the power of two in scale[i], 0 where the row is dropped or the position
+  // is outside of the matrix.
   template <class Scale>
   MMAE_DEVICE void stage_pairs(Shared<uint32_t> words, const Stage& stage, int width, int64_t first,
                                int64_t at, const Scale scale) const {

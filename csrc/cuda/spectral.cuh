@@ -8,10 +8,10 @@
 // block. Per matrix: n d k multiply-adds for G (both triangles: the register tiles are square),
 // k³/2 for A⁻¹ or k³/6 for log det alone, and 2 k² + depth · width numbers of shared memory.
 //
-// The product runs in steps of `depth` columns (samples) or rows (features): raw entries → scaled
+// The product runs in steps of columns (samples) or rows (features): raw entries → scaled
 // and centred in shared memory → both operands of a policy of tiles.cuh; its sums go to the upper
-// triangle of `square`. A is factorised by the sweep operator (sweep.cuh), and V folded into W' as in
-// fold.cuh.
+// triangle of `square`. A is factorised by the sweep operator (sweep.cuh), and V folded into W' as
+// in fold.cuh.
 //
 // Precision: arithmetic T = float32 (float64 for float64) on any storage type; traces, means, sums
 // of squares and of logs in float64. No atomics: bitwise reproducible.
@@ -27,7 +27,8 @@ template <class T>
 struct SpectralBlock {
   const Rows<T> rows;
   const bool samples, normalize, center;
-  const int k, ld, width, depth;  // as in SpectralPlan
+  static constexpr int kDepth = depth_of(sizeof(T) == 8 ? Unit::kDouble : Unit::kFloat);
+  const int k, ld, width;  // as in SpectralPlan
   const int t, lane, warp, warps;
   const Shared<T> square, scale, keep, mean, along, column, pivot;
   const Shared<double> partial;
@@ -36,14 +37,11 @@ struct SpectralBlock {
 
   MMAE_DEVICE SpectralBlock(const Features& f, const SpectralPlan& p, int64_t index)
       : rows(f, index), samples(f.n <= f.d), normalize(f.normalize), center(f.center), k(p.k),
-        ld(p.ld), width(p.width), depth(p.depth), t(int(threadIdx.x)), lane(t % kWarp),
-        warp(t / kWarp), warps(int(blockDim.x) / kWarp),
-        square(shared_array<T>(p.square, p.k * p.ld)),
-        scale(shared_array<T>(p.scale, p.k > p.depth ? p.k : p.depth)),
-        keep(shared_array<T>(p.keep, p.k > p.depth ? p.k : p.depth)),
-        mean(shared_array<T>(p.mean, p.k > p.depth ? p.k : p.depth)),
-        along(shared_array<T>(p.along, p.k)), column(shared_array<T>(p.column, 2 * p.k)),
-        pivot(shared_array<T>(p.pivot, p.k)),
+        ld(p.ld), width(p.width), t(int(threadIdx.x)), lane(t % kWarp), warp(t / kWarp),
+        warps(int(blockDim.x) / kWarp), square(shared_array<T>(p.square, p.k * p.ld)),
+        scale(shared_array<T>(p.scale, p.rows)), keep(shared_array<T>(p.keep, p.rows)),
+        mean(shared_array<T>(p.mean, p.rows)), along(shared_array<T>(p.along, p.k)),
+        column(shared_array<T>(p.column, 2 * p.k)), pivot(shared_array<T>(p.pivot, p.k)),
         partial(shared_array<double>(p.partial, p.threads / kWarp)) {}
 
   // scale[r], keep[r] of rows first + r, r < rows_wanted; one warp per row.
@@ -71,12 +69,12 @@ struct SpectralBlock {
   MMAE_DEVICE void mean_of_features() {
     double sum = 0;
 #pragma unroll 1
-    for (int64_t at = 0; at < rows.n; at += depth) {
-      scale_rows(at, depth);
+    for (int64_t at = 0; at < rows.n; at += kDepth) {
+      scale_rows(at, kDepth);
       __syncthreads();  // scale and keep of this step are complete
       if (t < k)
 #pragma unroll 1
-        for (int p = 0; p < depth; ++p)
+        for (int p = 0; p < kDepth; ++p)
           if (keep[p] != T(0)) sum += scale[p] * rows.load(at + p, t);
       __syncthreads();  // and read, before the next step (or the product) overwrites them
     }
@@ -86,10 +84,10 @@ struct SpectralBlock {
   // stage(p, i): entry (row i, column at + p) of Ẑ on the samples side, not centred yet;
   // (row at + p, column i), centred, on the features side. Zero outside of the matrix.
   MMAE_DEVICE void load_stage(const Operand<T>& stage, int64_t at) {
-    const int entries = width * depth;
+    const int entries = width * kDepth;
     for (int e = t; e < entries; e += int(blockDim.x)) {
       // Neighbouring threads read neighbouring columns of z.
-      const int p = samples ? e % depth : e / width, i = samples ? e / depth : e % width;
+      const int p = samples ? e % kDepth : e / width, i = samples ? e / kDepth : e % width;
       const int r = samples ? i : p;
       T x = 0;
       if (i < k && (samples ? at + p < rows.d : at + p < rows.n) && keep[r] != T(0)) {
@@ -100,13 +98,12 @@ struct SpectralBlock {
     }
   }
 
-  // Samples side: subtracts the mean of each staged column from the rows kept. Returns this
-  // thread's part of along, (ẑ_i - m) · m, the part of ẑ_i that G does not see, for row i = t /
-  // sharers.
+  // Samples side: subtracts the mean of each staged column from the rows kept. Returns a part of
+  // along[i] = (ẑ_i - m) · m, what G does not see of ẑ_i, for the row i = t / sharers.
   MMAE_DEVICE T center_stage(const Operand<T>& stage, int sharers) {
-    constexpr int kSharers = 8;  // lanes per column: in a row of warps' stages 8 x 4 banks differ
+    constexpr int kSharers = 8;  // of a column: 4 columns x 8 rows, 36 words apart, are 32 banks
 #pragma unroll 1
-    for (int p = t / kSharers; p < depth; p += int(blockDim.x) / kSharers) {
+    for (int p = t / kSharers; p < kDepth; p += int(blockDim.x) / kSharers) {
       double sum = 0;
 #pragma unroll 1
       for (int i = t % kSharers; i < k; i += kSharers) sum += stage(p, i);
@@ -118,7 +115,7 @@ struct SpectralBlock {
     T part = 0;
     if (i < k && keep[i] != T(0))
 #pragma unroll 1
-      for (int p = t % sharers; p < depth; p += sharers) {
+      for (int p = t % sharers; p < kDepth; p += sharers) {
         const T x = stage(p, i) - mean[p];
         stage(p, i) = x;
         part += x * mean[p];
@@ -131,14 +128,15 @@ struct SpectralBlock {
   template <class Tile>
   MMAE_DEVICE void gram(const Stage& at_stage) {
     const auto stage = operand<typename Tile::Word>(at_stage);
+    constexpr int kStep = numbers_of(Tile::kUnit);
     const int64_t total = samples ? rows.d : rows.n;
     const int sharers = int(blockDim.x) / width;  // rounded down, it is a power of two
     Tile tile(width, width, rows.dtype);
     T along_part = 0;
     bool first = true;
-    for (int64_t at = 0; at < total; at += depth) {
+    for (int64_t at = 0; at < total; at += kStep) {
       if (!samples)
-        scale_rows(at, depth);
+        scale_rows(at, kDepth);
       else if (at == 0)
         scale_rows(0, k);
       __syncthreads();  // scale, keep and mean are written; the last step's stage has been read
@@ -150,8 +148,8 @@ struct SpectralBlock {
       if constexpr (Tile::kUnit != Unit::kPairs)
         if (samples && center) along_part += center_stage(stage, sharers);
       if (tile.in_triangle(k)) tile.add(stage, stage, depth_of(Tile::kUnit));
-      const bool last = at + depth >= total;
-      if ((at + depth) % Tile::kFlush == 0 || last) {
+      const bool last = at + kStep >= total;
+      if ((at + kStep) % Tile::kFlush == 0 || last) {
         flush(tile, first, last);
         first = false;
       }
@@ -237,7 +235,7 @@ struct SpectralBlock {
 // plan.threads threads, plan.shared_bytes of shared memory. c: coding rate only. PairTile: 16-bit
 // rows of the samples side, not centred.
 template <class T, class Tile>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, Tile::kEntries > 16 ? 1 : 2)
     spectral_kernel(const Features f, const SpectralPlan plan, Quantity quantity, double c,
                     T* value, T* weight) {
   const int64_t index = blockIdx.x;

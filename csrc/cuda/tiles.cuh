@@ -2,14 +2,14 @@
 // registers (float64), or by warps in tensor cores: float32 as TF32 numbers, 16-bit numbers as they
 // are. One policy each, with the same members:
 //
-//     Tile(height, width, dtype)  of a block's product
-//     add(left, right, steps)     sums += left (height x steps) right (steps x width), steps in words
-//     row(e), column(e), sum(e)   a thread's entries, e < kEntries
-//     in_triangle(k)              whether its warp has any of the upper triangle of a k x k product
-//     kFlush                      products after which sums go to a second level
-//     kWholeLeft                  left operands must be numbers of the tensor cores as they are
-//     slot(e), row_of_slot(s)     a thread's rows, s < kSlots, each shared by sharing() neighbouring
-//                                 lanes of each warp that has a part of it; across(): which part
+//     Tile(height, width, dtype)   of a block's product; width_of(height, threads)
+//     add(left, right, steps)      sums += left (height x steps) right (steps x width); in words
+//     row(e), column(e), sum(e)    a thread's entries, e < kEntries
+//     slot(e), row_of_slot(s)      its rows, s < kSlots; sharing() neighbouring lanes share each,
+//                                  and as many in other warps, of which this is across()
+//     in_triangle(k)               whether its warp has any of the upper triangle, k x k
+//     kFlush                       products after which sums go to a second level
+//     kWholeLeft                   left operands have to be numbers of the tensor cores
 #pragma once
 #include "device.cuh"
 
@@ -60,6 +60,7 @@ struct ThreadTile {
         for (int c = 0; c < C; ++c) sums[r][c] += a[r] * b[c];
     }
   }
+  static constexpr int width_of(int height, int) { return height / R * C; }
   MMAE_DEVICE int row(int e) const { return ty + side * (e / C); }
   MMAE_DEVICE int column(int e) const { return tx + side * (e % C); }
   MMAE_DEVICE T& sum(int e) { return sums[e / C][e % C]; }
@@ -98,8 +99,9 @@ MMAE_DEVICE void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2
 #endif
 }
 
-// The same of 16 steps of 16-bit numbers, two to a word, the earlier step in the low half: words lie
-// as the numbers of mma_tf32 do (PTX ISA, m16n8k16; SM80_16x8x16_F32BF16BF16F32_TN and _F32F16F16F32_).
+// The same of 16 steps of 16-bit numbers, two to a word, the earlier step in the low half: words
+// lie as the numbers of mma_tf32 do (PTX ISA, m16n8k16; SM80_16x8x16_F32BF16BF16F32_TN and
+// _F32F16F16F32_).
 template <bool kBFloat16>
 MMAE_DEVICE void mma_pairs(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
@@ -120,8 +122,8 @@ MMAE_DEVICE void mma_pairs(float (&d)[4], const uint32_t (&a)[4], const uint32_t
 #endif
 }
 
-// R x C blocks of 16 x 8 entries per warp, warps below each other first. Tensor cores truncate their
-// sums where additions round: a few truncations, then an addition.
+// R x C blocks of 16 x 8 entries per warp, warps below each other first. Tensor cores truncate
+// their sums where additions round: a few truncations, then an addition.
 template <int R, int C>
 struct WarpBlocks {
   static constexpr int kEntries = 4 * R * C, kFlush = 128, kSlots = 2 * R;
@@ -144,6 +146,9 @@ struct WarpBlocks {
 #pragma unroll
     for (int e = 0; e < 2; ++e) b[e] = right(p + q + e * 4, j0 + 8 * c + g);
   }
+  static constexpr int width_of(int height, int threads) {
+    return threads / kWarp * kHeight / height * kWidth;
+  }
   MMAE_DEVICE int row(int e) const { return row_of_slot(slot(e)); }
   MMAE_DEVICE int column(int e) const { return j0 + e / 4 % C * 8 + 2 * q + e % 2; }
   MMAE_DEVICE float& sum(int e) { return sums[e / 4 / C][e / 4 % C][e % 4]; }
@@ -156,8 +161,8 @@ struct WarpBlocks {
 };
 
 // What a TF32 product takes of a float32 operand. kWhole: it is a TF32 number (every 16-bit number
-// is one). kRounded: the nearest one. kSplit: x = high + low / kLowScale, both TF32; low is scaled so
-// that it keeps its bits where x is small.
+// is one). kRounded: the nearest one. kSplit: x = high + low / kLowScale, both TF32; low is scaled
+// so that it keeps its bits where x is small.
 enum Part { kWhole, kRounded, kSplit };
 constexpr float kLowScale = 2048;
 
@@ -183,25 +188,25 @@ struct WarpTile : WarpBlocks<R, C> {
   MMAE_DEVICE void add(const Operand<float>& left, const Operand<float>& right, int steps) {
 #pragma unroll 1
     for (int p = 0; p < steps; p += 8) {
-      float b[C][2], b_low[C][2];
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        this->load_right(right, p, c, b[c]);
-        split<kRight>(b[c], b_low[c]);
-      }
+      float a[R][4], a_low[R][4];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        float a[4], a_low[4];
-        this->load_left(left, p, r, a);
-        split<kLeft>(a, a_low);
+        this->load_left(left, p, r, a[r]);
+        split<kLeft>(a[r], a_low[r]);
+      }
 #pragma unroll
-        for (int c = 0; c < C; ++c) {
-          float(&sums)[4] = this->sums[r][c];
-          mma_tf32(sums, a, b[c]);
+      for (int c = 0; c < C; ++c) {
+        float b[2], b_low[2];
+        this->load_right(right, p, c, b);
+        split<kRight>(b, b_low);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          float (&sums)[4] = this->sums[r][c];
+          mma_tf32(sums, a[r], b);
           if (kLeft != kSplit && kRight != kSplit) continue;
           float small[4] = {};  // apart: each mma truncates what it adds to
-          if (kLeft == kSplit) mma_tf32(small, a_low, b[c]);
-          if (kRight == kSplit) mma_tf32(small, a, b_low[c]);
+          if (kLeft == kSplit) mma_tf32(small, a_low[r], b);
+          if (kRight == kSplit) mma_tf32(small, a[r], b_low);
 #pragma unroll
           for (int e = 0; e < 4; ++e) sums[e] += small[e] * (1 / kLowScale);
         }
@@ -223,17 +228,17 @@ struct PairTile : WarpBlocks<R, C> {
 
   template <bool kBFloat16>
   MMAE_DEVICE void add_as(const Operand<Word>& left, const Operand<Word>& right, int steps) {
-#pragma unroll 2
+#pragma unroll 1
     for (int p = 0; p < steps; p += 8) {
-      uint32_t b[C][2];
+      uint32_t a[R][4];
 #pragma unroll
-      for (int c = 0; c < C; ++c) this->load_right(right, p, c, b[c]);
+      for (int r = 0; r < R; ++r) this->load_left(left, p, r, a[r]);
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        uint32_t a[4];
-        this->load_left(left, p, r, a);
+      for (int c = 0; c < C; ++c) {
+        uint32_t b[2];
+        this->load_right(right, p, c, b);
 #pragma unroll
-        for (int c = 0; c < C; ++c) mma_pairs<kBFloat16>(this->sums[r][c], a, b[c]);
+        for (int r = 0; r < R; ++r) mma_pairs<kBFloat16>(this->sums[r][c], a[r], b);
       }
     }
   }

@@ -124,9 +124,7 @@ void mistaken_jacobi(Mistake mistake, const Features& f, uintptr_t value, uintpt
          1.0, pointer<float>(value), pointer<float>(weight));
 }
 
-cuda::Unit unit_of(bool is_double) {
-  return is_double ? cuda::Unit::kDouble : cuda::Unit::kFloat;
-}
+cuda::Unit unit_of(bool is_double) { return is_double ? cuda::Unit::kDouble : cuda::Unit::kFloat; }
 
 // One row of the plans of the kernels that take one matrix per block.
 py::dict plan(cuda::Kernel kernel, int64_t k, bool is_double, bool samples) {
@@ -150,6 +148,56 @@ py::dict plan(cuda::Kernel kernel, int64_t k, bool is_double, bool samples) {
   return row;
 }
 
+// One product of a warp on whole operands, left (16, K) and right (8, K), of float32 (K = 8) or
+// 16-bit numbers (K = 16). Which entry a lane holds is said here in strides over column-major
+// operands, as CUTLASS's MMA_Traits say it: the kernels and the emulated instructions index by rows
+// and columns.
+void warp_kernel(int dtype, const void* left, const void* right, float* out) {
+  const int lane = int(threadIdx.x), q = lane % 4, g = lane / 4;
+  float d[4] = {};
+  const auto number = [](const void* p, int rows, int at) {
+    return static_cast<const float*>(p)[at % rows * 8 + at / rows];
+  };
+  const auto pair = [](const void* p, int rows, int at) {
+    const auto* x = static_cast<const uint16_t*>(p) + at % rows * 16 + at / rows;
+    return x[0] | uint32_t(x[1]) << 16;
+  };
+  if (DType(dtype) == DType::kFloat32) {
+    float a[4], b[2];
+    for (int v = 0; v < 4; ++v) a[v] = number(left, 16, 16 * q + g + v % 2 * 8 + v / 2 * 64);
+    for (int v = 0; v < 2; ++v) b[v] = number(right, 8, 8 * q + g + v * 32);
+    cuda::mma_tf32(d, a, b);
+  } else {
+    uint32_t a[4], b[2];
+    for (int v = 0; v < 4; ++v) a[v] = pair(left, 16, 32 * q + g + v % 2 * 8 + v / 2 * 128);
+    for (int v = 0; v < 2; ++v) b[v] = pair(right, 8, 16 * q + g + v * 64);
+    if (DType(dtype) == DType::kBFloat16)
+      cuda::mma_pairs<true>(d, a, b);
+    else
+      cuda::mma_pairs<false>(d, a, b);
+  }
+  for (int v = 0; v < 4; ++v) {
+    const int at = 32 * q + g + v % 2 * 16 + v / 2 * 8;  // of a 16 x 8 result
+    out[at % 16 * 8 + at / 16] = d[v];
+  }
+}
+
+void warp_product(int dtype, uintptr_t left, uintptr_t right, uintptr_t out) {
+  emulation::Launcher launch{0, {}};
+  launch(warp_kernel, 1, 32, 0, dtype, pointer<const void>(left), pointer<const void>(right),
+         pointer<float>(out));
+}
+
+// The banks of the words that a warp reads for its left or right operand at once.
+std::vector<int> banks(int width, bool along_steps) {
+  cuda::Layout layout;
+  const int depth = cuda::depth_of(cuda::Unit::kFloat);
+  const auto stage = cuda::stage_of(layout, cuda::Unit::kFloat, width, depth, along_steps);
+  std::vector<int> found;
+  for (int lane = 0; lane < 32; ++lane) found.push_back(stage.at(lane % 4, lane / 4) % 32);
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MODULE_NAME, m) {
@@ -164,6 +212,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
       .value("packed_renyi2", cuda::Kernel::kPackedRenyi2)
       .value("jacobi", cuda::Kernel::kJacobi);
   m.def("plan", &plan, py::arg(), py::arg(), py::arg(), py::arg("samples") = true);
+  m.def("warp_product", &warp_product);
+  m.def("banks", &banks);
   m.def("needs_scratch", [](bool is_rate, double alpha, int64_t k, bool is_double) {
     return !cuda::is_fused({is_rate, 0, alpha, false}, k, is_double);
   });

@@ -312,7 +312,8 @@ inline float to_tf32(float x) {
 }
 
 // mma.sync: every lane gives its operands, 4 words of the left and 2 of the right, and takes its
-// part d of the product. Word w of an operand is at row or column lane / 4 (+ 8) and at word lane % 4
+// part d of the product. Word w of an operand is at row or column lane / 4 (+ 8) and at word lane %
+// 4
 // (+ 4) of a row of 8; value(word, half) is the number in it, of `halves`. Sums are truncated to
 // float32, as tensor cores do, after each half of the words.
 template <class Value>
