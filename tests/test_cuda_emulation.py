@@ -76,7 +76,7 @@ def test_plans(ops, dtype, k, samples):
     check(coding_rate(1.0), z, center=k % 2 == 0)
     check(entropy(2.0), z)
     is_double = dtype == torch.float64
-    plan = emulator().plan(emulator().Kernel.spectral, k, is_double, samples)
+    plan = emulator().plan(emulator().Kernel.spectral, k, is_double)
     assert ops.launches[0] == [1, plan["threads"], plan["shared_bytes"]]
     assert plan["width"] >= k and plan["ld"] % 2 == 1 and plan["ld"] > k
 

@@ -280,10 +280,10 @@ def test_lanes_of_tensor_cores(dtype):
 
 
 def test_banks():
-    """What the lanes of a warp read at once lies in 32 banks, whichever way it was staged."""
-    for width in (32, 64, 128, 256):
-        for along_steps in (True, False):
-            assert sorted(emulator().banks(width, along_steps)) == list(range(32))
+    """What the lanes of a warp read or write at once lies in 32 banks."""
+    for depth in (32, 128, 256):
+        for writes in (True, False):
+            assert sorted(emulator().banks(depth, writes)) == list(range(32))
 
 
 @pytest.mark.parametrize("side", ["samples", "features"])

@@ -47,7 +47,7 @@ using Rounded = WarpTile<kRounded, kRounded, R, C>;
 template <class T>
 auto spectral_kernel_of(const SpectralPlan& plan, Unit unit, bool tf32) {
   if constexpr (sizeof(T) == 8) {
-    constexpr int kLarge = spectral_plan(kMaxOrderDouble, Unit::kDouble, true).tile;
+    constexpr int kLarge = spectral_plan(kMaxOrderDouble, Unit::kDouble).tile;
     return plan.tile == 4 ? spectral_kernel<T, ThreadTile<T, 4, 4>>
                           : spectral_kernel<T, ThreadTile<T, kLarge, kLarge>>;
   } else if (plan.width == 128) {
@@ -64,7 +64,7 @@ auto spectral_kernel_of(const SpectralPlan& plan, Unit unit, bool tf32) {
 template <class T, class L>
 void launch_fused(L& launch, const Features& f, Measure m, T* value, T* weight) {
   const Unit unit = gram_unit(f, f.samples());
-  const SpectralPlan plan = spectral_plan(f.k(), unit, f.samples());
+  const SpectralPlan plan = spectral_plan(f.k(), unit);
   const auto kernel = spectral_kernel_of<T>(plan, unit, m.tf32);
   const Quantity quantity = m.is_rate ? Quantity::kCodingRate : Quantity::kRenyi2;
   launch(kernel, f.batch, plan.threads, plan.shared_bytes, f, plan, quantity, m.scale, value,
@@ -106,7 +106,7 @@ void launch_gram(L& launch, const Features& f, bool samples, T* gram, T* scale, 
     launch_row_scale<T>(launch, f, scale);
   launch_row_mean<T>(launch, f, scale, mean);
   const Unit unit = gram_unit(f, samples);
-  const ProductPlan plan = product_plan(unit, samples, samples);
+  const ProductPlan plan = product_plan(unit);
   const auto kernel = gram_kernel_of<T>(unit, tf32);
   launch(kernel, f.batch * tiles * tiles, ProductPlan::kThreads, plan.shared_bytes, f, plan,
          samples, static_cast<const T*>(scale), applied, gram);
@@ -191,7 +191,7 @@ void launch_weight_bwd(L& launch, const Features& f, const T* grad, const T* wei
                        T* mean, void* grad_z, bool tf32) {
   const Unit unit = sizeof(T) == 8 ? Unit::kDouble : Unit::kFloat;
   if (f.samples()) {
-    const ProductPlan plan = product_plan(unit, true, false);
+    const ProductPlan plan = product_plan(unit);
     const int64_t tiles = ceil_div(f.n, ProductPlan::kTile) * ceil_div(f.d, ProductPlan::kTile);
     launch(samples_bwd_kernel_of<T>(f.dtype, tf32), f.batch * tiles, ProductPlan::kThreads,
            plan.shared_bytes, f, plan, grad, weight, grad_z);

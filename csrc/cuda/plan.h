@@ -44,30 +44,24 @@ constexpr int word_bytes(Unit unit) { return unit == Unit::kDouble ? 8 : 4; }
 constexpr int depth_of(Unit unit) { return unit == Unit::kDouble ? 16 : 32; }
 constexpr int numbers_of(Unit unit) { return depth_of(unit) * (unit == Unit::kPairs ? 2 : 1); }
 
-// A staged operand: entry (step p, row or column i) is word p * step + i * row of `count` words at
-// byte `offset`.
+// A staged operand of depth x width entries (step p, row or column i) in shared memory.
+//   By warps: word i * row_words(depth) + p. Of entries (p + q, i + g), g = lane / 4, q = lane % 4,
+//   which a warp reads at once, a row of 4 words more than a multiple of 32 makes banks 4 g + q:
+//   all
+//   32. They are written along p, or, by stage_columns, 8 along i times 4 along p: all banks again,
+//   and whole sectors of global memory.
+//   By threads: word p * step + i, read along i; an odd step lets neighbours in p be written.
 struct Stage {
-  int offset, count, step, row;
-  constexpr int at(int p, int i) const { return p * step + i * row; }
+  int offset, count;  // byte offset, words
+  int step;
 };
 
-// Of depth x width entries that lie in global memory along the steps, or along i. By warps:
-// neighbours there are neighbours here, so that they are written to different banks; of entries (p
-// + q, i + g), g = lane / 4, q = lane % 4, which a warp reads at once, a row of 4 words more than a
-// multiple of 32 makes banks 4 g + q, and a step of 8 more banks 8 q + g: 32 either way. By
-// threads: neighbours in i are read at once, and an odd step lets neighbours in p be written.
-constexpr Stage stage_of(Layout& layout, Unit unit, int width, int depth, bool along_steps) {
+constexpr int row_words(int depth) { return int(ceil_div(depth, 32)) * 32 + 4; }
+
+constexpr Stage stage_of(Layout& layout, Unit unit, int width, int depth) {
   Stage s{};
-  if (by_warps(unit)) {
-    const int padded = int(ceil_div(depth, 32)) * 32 + 4;
-    s.step = along_steps ? 1 : width + 8;
-    s.row = along_steps ? padded : 1;
-    s.count = along_steps ? width * padded : depth * (width + 8);
-  } else {
-    s.step = width + 1;
-    s.row = 1;
-    s.count = depth * (width + 1);
-  }
+  s.step = width + 1;
+  s.count = by_warps(unit) ? width * row_words(depth) : depth * s.step;
   s.offset = layout.take(s.count, word_bytes(unit));
   return s;
 }
@@ -93,7 +87,7 @@ struct SpectralPlan {
   int shared_bytes;
 };
 
-constexpr SpectralPlan spectral_plan(int64_t order, Unit unit, bool samples) {
+constexpr SpectralPlan spectral_plan(int64_t order, Unit unit) {
   SpectralPlan p{};
   const bool is_double = unit == Unit::kDouble;
   const int size = is_double ? 8 : 4;
@@ -107,7 +101,7 @@ constexpr SpectralPlan spectral_plan(int64_t order, Unit unit, bool samples) {
   Layout layout;
   p.partial = layout.take(p.threads / kWarp, 8);
   p.square = layout.take(int64_t(p.k) * p.ld, size);
-  p.stage = stage_of(layout, unit, p.width, depth_of(unit), samples);
+  p.stage = stage_of(layout, unit, p.width, depth_of(unit));
   p.scale = layout.take(p.rows, size);
   p.keep = layout.take(p.rows, size);
   p.mean = layout.take(p.rows, size);
@@ -118,10 +112,8 @@ constexpr SpectralPlan spectral_plan(int64_t order, Unit unit, bool samples) {
   return p;
 }
 
-static_assert(spectral_plan(kMaxOrderFloat, Unit::kFloat, true).shared_bytes <= kSharedBudget);
-static_assert(spectral_plan(kMaxOrderFloat, Unit::kFloat, false).shared_bytes <= kSharedBudget);
-static_assert(spectral_plan(kMaxOrderFloat, Unit::kPairs, true).shared_bytes <= kSharedBudget);
-static_assert(spectral_plan(kMaxOrderDouble, Unit::kDouble, true).shared_bytes <= kSharedBudget);
+static_assert(spectral_plan(kMaxOrderFloat, Unit::kFloat).shared_bytes <= kSharedBudget);
+static_assert(spectral_plan(kMaxOrderDouble, Unit::kDouble).shared_bytes <= kSharedBudget);
 
 // Coding rate and Rényi-2 of ready Gram matrices, one block per matrix.
 constexpr int kPackedThreads = 512;
@@ -199,9 +191,7 @@ enum class Kernel { kSpectral, kPackedRate, kPackedRenyi2, kJacobi };
 
 constexpr int shared_bytes(Kernel kernel, int64_t order, bool is_double) {
   const Unit unit = is_double ? Unit::kDouble : Unit::kFloat;
-  const int samples = spectral_plan(order, unit, true).shared_bytes;
-  const int features = spectral_plan(order, unit, false).shared_bytes;
-  return kernel == Kernel::kSpectral ? (samples > features ? samples : features)
+  return kernel == Kernel::kSpectral ? spectral_plan(order, unit).shared_bytes
          : kernel == Kernel::kJacobi
              ? jacobi_plan(order, is_double).shared_bytes
              : packed_plan(order, is_double, kernel == Kernel::kPackedRate).shared_bytes;
@@ -231,11 +221,11 @@ struct ProductPlan {
   int shared_bytes;
 };
 
-constexpr ProductPlan product_plan(Unit unit, bool left_along_steps, bool right_along_steps) {
+constexpr ProductPlan product_plan(Unit unit) {
   ProductPlan p{};
   Layout layout;
-  p.left = stage_of(layout, unit, ProductPlan::kTile, depth_of(unit), left_along_steps);
-  p.right = stage_of(layout, unit, ProductPlan::kTile, depth_of(unit), right_along_steps);
+  p.left = stage_of(layout, unit, ProductPlan::kTile, depth_of(unit));
+  p.right = stage_of(layout, unit, ProductPlan::kTile, depth_of(unit));
   p.shared_bytes = layout.bytes;
   return p;
 }
@@ -247,7 +237,7 @@ struct RowsPlan {
   int width;    // columns, at least d
   int steps;    // of the product: d, filled up to a multiple of a staged step
   int across;   // warps that share a row
-  Stage x, w;   // x (steps, kRows), w (a staged step, width)
+  Stage x, w;   // x (steps, kRows; by warps a row has room for width), w (a staged step, width)
   int partial;  // (across, kRows) float64
   int shared_bytes;
 };
@@ -262,8 +252,8 @@ constexpr RowsPlan rows_plan(int64_t d, Unit unit) {
   p.steps = int(ceil_div(d, depth_of(unit))) * depth_of(unit);
   p.across = by_warps(unit) ? RowsPlan::kThreads / kWarp : 1;
   Layout layout;
-  p.x = stage_of(layout, unit, RowsPlan::kRows, p.steps, true);
-  p.w = stage_of(layout, unit, p.width, depth_of(unit), false);
+  p.x = stage_of(layout, unit, RowsPlan::kRows, by_warps(unit) ? p.width : p.steps);
+  p.w = stage_of(layout, unit, p.width, depth_of(unit));
   p.partial = layout.take(p.across * RowsPlan::kRows, 8);
   p.shared_bytes = layout.bytes;
   return p;

@@ -121,7 +121,6 @@ template <class T, class Tile>
 __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
     gram_kernel(const Features f, const ProductPlan plan, bool samples, const T* scale,
                 const T* mean, T* out) {
-  using Word = typename Tile::Word;
   constexpr int kTile = ProductPlan::kTile, kDepth = numbers_of(Tile::kUnit);
   const int64_t k = samples ? f.n : f.d, length = samples ? f.d : f.n, tiles = ceil_div(k, kTile);
   const int64_t index = blockIdx.x / (tiles * tiles), at_tile = blockIdx.x % (tiles * tiles);
@@ -130,20 +129,24 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
   const Rows<T> rows(f, index);
   scale += index * f.n;
   if (mean) mean += index * f.d;
-  const Operand<Word> left = operand<Word>(plan.left), right = operand<Word>(plan.right);
+  const auto left = operand<Tile>(plan.left), right = operand<Tile>(plan.right);
   Summed<Tile> product{Tile(kTile, kTile, f.dtype)};
   for (int64_t at = 0; at < length; at += kDepth) {
     if constexpr (Tile::kUnit == Unit::kPairs) {
-      rows.stage_pairs(left.words, plan.left, kTile, i0, at, scale + i0);
-      rows.stage_pairs(right.words, plan.right, kTile, j0, at, scale + j0);
+      rows.stage_pairs(left, kTile, i0, at, scale + i0);
+      rows.stage_pairs(right, kTile, j0, at, scale + j0);
     } else {
-      for (int e = int(threadIdx.x); e < kTile * kDepth; e += ProductPlan::kThreads) {
-        const int p = samples ? e % kDepth : e / kTile;
-        const int i = samples ? e / kDepth : e % kTile;
-        left(p, i) = samples ? rows.prepared(i0 + i, at + p, scale, mean)
-                             : rows.prepared(at + p, i0 + i, scale, mean);
-        right(p, i) = samples ? rows.prepared(j0 + i, at + p, scale, mean)
-                              : rows.prepared(at + p, j0 + i, scale, mean);
+      for (const bool is_left : {true, false}) {
+        const auto& to = is_left ? left : right;
+        const int64_t first = is_left ? i0 : j0;
+        if (samples)
+          stage_rows<kDepth>(to, kTile, [&](int p, int i) {
+            return rows.prepared(first + i, at + p, scale, mean);
+          });
+        else
+          stage_columns<kDepth>(to, kTile, [&](int p, int i) {
+            return rows.prepared(at + p, first + i, scale, mean);
+          });
       }
     }
     __syncthreads();  // both operands are complete
@@ -179,16 +182,15 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
   const int64_t i0 = at_tile / across * kTile, j0 = at_tile % across * kTile;
   const Rows<T> rows(f, index);
   weight += index * f.n * f.n;
-  const Operand<T> left = operand<T>(plan.left), right = operand<T>(plan.right);
+  const auto left = operand<Tile>(plan.left), right = operand<Tile>(plan.right);
   Summed<Tile> product{Tile(kTile, kTile, f.dtype)};
   for (int64_t at = 0; at < f.n; at += kDepth) {
-    for (int e = int(threadIdx.x); e < kTile * kDepth; e += ProductPlan::kThreads) {
-      int p = e % kDepth, i = e / kDepth;
-      left(p, i) = i0 + i < f.n && at + p < f.n ? weight[(i0 + i) * f.n + at + p] : T(0);
-      p = e / kTile, i = e % kTile;
-      right(p, i) =
-          at + p < f.n && j0 + i < f.d && rows.kept(at + p) ? rows.load(at + p, j0 + i) : T(0);
-    }
+    stage_rows<kDepth>(left, kTile, [&](int p, int i) {
+      return i0 + i < f.n && at + p < f.n ? weight[(i0 + i) * f.n + at + p] : T(0);
+    });
+    stage_columns<kDepth>(right, kTile, [&](int p, int j) {
+      return at + p < f.n && j0 + j < f.d && rows.kept(at + p) ? rows.load(at + p, j0 + j) : T(0);
+    });
     __syncthreads();  // both operands are complete
     product.tile.add(left, right, kDepth);
     if ((at + kDepth) % Tile::kFlush == 0) product.flush();
@@ -220,7 +222,8 @@ __global__ void __launch_bounds__(RowsPlan::kThreads, 2)
   weight += index * d * d;
   scale += index * f.n;
   if (mean) mean += index * d;
-  const Operand<T> x = operand<T>(plan.x), w = operand<T>(plan.w);
+  const auto x = operand<Tile, kWidth>(plan.x);
+  const auto w = operand<Tile>(plan.w);
   const Shared<double> partial = shared_array<double>(plan.partial, plan.across * kRows);
   Summed<Tile> product{Tile(kRows, kWidth, f.dtype)};
   const Tile& tile = product.tile;
@@ -232,11 +235,9 @@ __global__ void __launch_bounds__(RowsPlan::kThreads, 2)
       x(j, i) = rows.prepared(i0 + i, j, scale, mean);
   }
   for (int at = 0; at < d; at += kDepth) {
-#pragma unroll 2  // more would cost the second block of a multiprocessor its registers
-    for (int e = t; e < kDepth * kWidth; e += RowsPlan::kThreads) {
-      const int p = e / kWidth, j = e % kWidth;
-      w(p, j) = at + p < d && j < d ? weight[(at + p) * d + j] : T(0);
-    }
+    stage_columns<kDepth>(w, kWidth, [&](int p, int j) {
+      return at + p < d && j < d ? weight[(at + p) * d + j] : T(0);
+    });
     __syncthreads();  // this step of W' and, at first, x are complete
     product.tile.add(x.from(at), w, kDepth);
     if (Tile::kFlush < kMaxOrder && (at + kDepth) % Tile::kFlush == 0) product.flush();

@@ -92,9 +92,9 @@ struct Rows {
   // By the whole block: columns at ... of rows first, first + 1, ... (`width` of them) as pairs of
   // 16-bit numbers, times the power of two in scale[i], 0 where the row is dropped or the position
   // is outside of the matrix.
-  template <class Scale>
-  MMAE_DEVICE void stage_pairs(Shared<uint32_t> words, const Stage& stage, int width, int64_t first,
-                               int64_t at, const Scale scale) const {
+  template <class To, class Scale>
+  MMAE_DEVICE void stage_pairs(const To& to, int width, int64_t first, int64_t at,
+                               const Scale scale) const {
     constexpr int kVectors = depth_of(Unit::kPairs) / 4;
     const bool vectors = has_vectors();
     for (int e = int(threadIdx.x); e < width * kVectors; e += int(blockDim.x)) {
@@ -107,7 +107,7 @@ struct Rows {
 #pragma unroll
           for (uint32_t& pair : entries) pair = multiply_pair(pair, power_of_two_in(scale[i]));
       }
-      store_vector(words, stage.at(4 * vector, i), entries);
+      store_vector(to.words, to.at(4 * vector, i), entries);
     }
   }
 

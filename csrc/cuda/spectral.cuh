@@ -83,24 +83,24 @@ struct SpectralBlock {
 
   // stage(p, i): entry (row i, column at + p) of Ẑ on the samples side, not centred yet;
   // (row at + p, column i), centred, on the features side. Zero outside of the matrix.
-  MMAE_DEVICE void load_stage(const Operand<T>& stage, int64_t at) {
-    const int entries = width * kDepth;
-    for (int e = t; e < entries; e += int(blockDim.x)) {
-      // Neighbouring threads read neighbouring columns of z.
-      const int p = samples ? e % kDepth : e / width, i = samples ? e / kDepth : e % width;
-      const int r = samples ? i : p;
-      T x = 0;
-      if (i < k && (samples ? at + p < rows.d : at + p < rows.n) && keep[r] != T(0)) {
-        x = scale[r] * (samples ? rows.load(i, at + p) : rows.load(at + p, i));
-        if (!samples && center) x -= mean[i];
-      }
-      stage(p, i) = x;
-    }
+  template <class To>
+  MMAE_DEVICE void load_stage(const To& stage, int64_t at) {
+    if (samples)
+      stage_rows<kDepth>(stage, width, [&](int p, int i) {
+        return i < k && at + p < rows.d && keep[i] != T(0) ? scale[i] * rows.load(i, at + p) : T(0);
+      });
+    else
+      stage_columns<kDepth>(stage, width, [&](int p, int i) {
+        if (i >= k || at + p >= rows.n || keep[p] == T(0)) return T(0);
+        const T x = scale[p] * rows.load(at + p, i);
+        return center ? x - mean[i] : x;
+      });
   }
 
   // Samples side: subtracts the mean of each staged column from the rows kept. Returns a part of
   // along[i] = (ẑ_i - m) · m, what G does not see of ẑ_i, for the row i = t / sharers.
-  MMAE_DEVICE T center_stage(const Operand<T>& stage, int sharers) {
+  template <class To>
+  MMAE_DEVICE T center_stage(const To& stage, int sharers) {
     constexpr int kSharers = 8;  // of a column: 4 columns x 8 rows, 36 words apart, are 32 banks
 #pragma unroll 1
     for (int p = t / kSharers; p < kDepth; p += int(blockDim.x) / kSharers) {
@@ -127,7 +127,7 @@ struct SpectralBlock {
   // Upper triangle of G into `square`.
   template <class Tile>
   MMAE_DEVICE void gram(const Stage& at_stage) {
-    const auto stage = operand<typename Tile::Word>(at_stage);
+    const auto stage = operand<Tile>(at_stage);
     constexpr int kStep = numbers_of(Tile::kUnit);
     const int64_t total = samples ? rows.d : rows.n;
     const int sharers = int(blockDim.x) / width;  // rounded down, it is a power of two
@@ -141,7 +141,7 @@ struct SpectralBlock {
         scale_rows(0, k);
       __syncthreads();  // scale, keep and mean are written; the last step's stage has been read
       if constexpr (Tile::kUnit == Unit::kPairs)
-        rows.stage_pairs(stage.words, at_stage, width, 0, at, scale);
+        rows.stage_pairs(stage, width, 0, at, scale);
       else
         load_stage(stage, at);
       __syncthreads();  // the stage is complete
@@ -231,11 +231,15 @@ struct SpectralBlock {
   }
 };
 
+// Blocks that a multiprocessor should have registers for: one where two would spill.
+template <class Tile>
+constexpr int blocks_of = Tile::kEntries <= 16 || Tile::kUnit == Unit::kPairs ? 2 : 1;
+
 // f.z (batch, n, d); value (batch); weight (batch, k, k) or null. Grid: one block per matrix,
 // plan.threads threads, plan.shared_bytes of shared memory. c: coding rate only. PairTile: 16-bit
 // rows of the samples side, not centred.
 template <class T, class Tile>
-__global__ void __launch_bounds__(kMaxThreads, Tile::kEntries > 16 ? 1 : 2)
+__global__ void __launch_bounds__(kMaxThreads, blocks_of<Tile>)
     spectral_kernel(const Features f, const SpectralPlan plan, Quantity quantity, double c,
                     T* value, T* weight) {
   const int64_t index = blockIdx.x;

@@ -16,21 +16,42 @@
 namespace mmae {
 namespace cuda {
 
-// A staged operand in shared memory, from step `first` on.
-template <class Word>
+// A staged operand (Stage) in shared memory, from step `first` on. kRow: words of a row by warps,
+// known to the compiler, so that a lane's entries are one address and constants; 0: by threads.
+template <class Word, int kRow>
 struct Operand {
   Shared<Word> words;
-  const Stage stage;
-  const int first = 0;
+  const int step, first = 0;
+  MMAE_DEVICE int at(int p, int i) const { return kRow ? i * kRow + p : p * step + i; }
   MMAE_DEVICE auto operator()(int p, int i) const -> decltype(words[0]) {
-    return words[stage.at(first + p, i)];
+    return words[at(first + p, i)];
   }
-  MMAE_DEVICE Operand from(int step) const { return {words, stage, step}; }
+  MMAE_DEVICE Operand from(int p) const { return {words, step, p}; }
 };
 
-template <class Word>
-MMAE_DEVICE Operand<Word> operand(const Stage& stage) {
-  return {shared_array<Word>(stage.offset, stage.count), stage};
+// Of a policy of this file; depth: words of a row.
+template <class Tile, int kDepth = depth_of(Tile::kUnit)>
+MMAE_DEVICE auto operand(const Stage& stage) {
+  using Word = typename Tile::Word;
+  return Operand<Word, by_warps(Tile::kUnit) ? row_words(kDepth) : 0>{
+      shared_array<Word>(stage.offset, stage.count), stage.step};
+}
+
+// By the whole block: entry(p, i) of kDepth x width entries that lie along the steps, or along i,
+// in global memory.
+template <int kDepth, class To, class Entry>
+MMAE_DEVICE void stage_rows(const To& to, int width, const Entry& entry) {
+#pragma unroll 2
+  for (int e = int(threadIdx.x); e < kDepth * width; e += int(blockDim.x))
+    to(e % kDepth, e / kDepth) = entry(e % kDepth, e / kDepth);
+}
+template <int kDepth, class To, class Entry>
+MMAE_DEVICE void stage_columns(const To& to, int width, const Entry& entry) {
+#pragma unroll 2
+  for (int e = int(threadIdx.x); e < kDepth * width; e += int(blockDim.x)) {
+    const int p = e / 8 % kDepth, i = e / (8 * kDepth) * 8 + e % 8;
+    to(p, i) = entry(p, i);
+  }
 }
 
 // R x C entries of each of side x side threads: rows ty + side r, columns tx + side c.
@@ -46,7 +67,8 @@ struct ThreadTile {
   MMAE_DEVICE ThreadTile(int, int width, DType)
       : side(width / C), ty(int(threadIdx.x) / side), tx(int(threadIdx.x) % side) {}
 
-  MMAE_DEVICE void add(const Operand<T>& left, const Operand<T>& right, int steps) {
+  template <class Left, class Right>
+  MMAE_DEVICE void add(const Left& left, const Right& right, int steps) {
 #pragma unroll 2
     for (int p = 0; p < steps; ++p) {
       T a[R], b[C];
@@ -136,13 +158,13 @@ struct WarpBlocks {
         i0(int(threadIdx.x) / kWarp % (height / kHeight) * kHeight),
         j0(int(threadIdx.x) / kWarp / (height / kHeight) * kWidth) {}
 
-  template <class Word>
-  MMAE_DEVICE void load_left(const Operand<Word>& left, int p, int r, Word (&a)[4]) const {
+  template <class Left, class Word>
+  MMAE_DEVICE void load_left(const Left& left, int p, int r, Word (&a)[4]) const {
 #pragma unroll
     for (int e = 0; e < 4; ++e) a[e] = left(p + q + e / 2 * 4, i0 + 16 * r + g + e % 2 * 8);
   }
-  template <class Word>
-  MMAE_DEVICE void load_right(const Operand<Word>& right, int p, int c, Word (&b)[2]) const {
+  template <class Right, class Word>
+  MMAE_DEVICE void load_right(const Right& right, int p, int c, Word (&b)[2]) const {
 #pragma unroll
     for (int e = 0; e < 2; ++e) b[e] = right(p + q + e * 4, j0 + 8 * c + g);
   }
@@ -185,7 +207,8 @@ struct WarpTile : WarpBlocks<R, C> {
     }
   }
 
-  MMAE_DEVICE void add(const Operand<float>& left, const Operand<float>& right, int steps) {
+  template <class Left, class Right>
+  MMAE_DEVICE void add(const Left& left, const Right& right, int steps) {
 #pragma unroll 1
     for (int p = 0; p < steps; p += 8) {
       float a[R][4], a_low[R][4];
@@ -226,8 +249,8 @@ struct PairTile : WarpBlocks<R, C> {
   MMAE_DEVICE PairTile(int height, int width, DType dtype)
       : WarpBlocks<R, C>(height, width, dtype), bfloat16(dtype == DType::kBFloat16) {}
 
-  template <bool kBFloat16>
-  MMAE_DEVICE void add_as(const Operand<Word>& left, const Operand<Word>& right, int steps) {
+  template <bool kBFloat16, class Left, class Right>
+  MMAE_DEVICE void add_as(const Left& left, const Right& right, int steps) {
 #pragma unroll 1
     for (int p = 0; p < steps; p += 8) {
       uint32_t a[R][4];
@@ -242,7 +265,8 @@ struct PairTile : WarpBlocks<R, C> {
       }
     }
   }
-  MMAE_DEVICE void add(const Operand<Word>& left, const Operand<Word>& right, int steps) {
+  template <class Left, class Right>
+  MMAE_DEVICE void add(const Left& left, const Right& right, int steps) {
     if (bfloat16)
       add_as<true>(left, right, steps);
     else

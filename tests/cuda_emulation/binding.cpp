@@ -127,12 +127,11 @@ void mistaken_jacobi(Mistake mistake, const Features& f, uintptr_t value, uintpt
 cuda::Unit unit_of(bool is_double) { return is_double ? cuda::Unit::kDouble : cuda::Unit::kFloat; }
 
 // One row of the plans of the kernels that take one matrix per block.
-py::dict plan(cuda::Kernel kernel, int64_t k, bool is_double, bool samples) {
+py::dict plan(cuda::Kernel kernel, int64_t k, bool is_double) {
   py::dict row;
   row["shared_bytes"] = cuda::shared_bytes(kernel, k, is_double);
   if (kernel == cuda::Kernel::kSpectral) {
-    const cuda::SpectralPlan p = cuda::spectral_plan(k, unit_of(is_double), samples);
-    row["shared_bytes"] = p.shared_bytes;
+    const cuda::SpectralPlan p = cuda::spectral_plan(k, unit_of(is_double));
     row["threads"] = p.threads;
     row["ld"] = p.ld;
     row["width"] = p.width;
@@ -188,13 +187,12 @@ void warp_product(int dtype, uintptr_t left, uintptr_t right, uintptr_t out) {
          pointer<float>(out));
 }
 
-// The banks of the words that a warp reads for its left or right operand at once.
-std::vector<int> banks(int width, bool along_steps) {
-  cuda::Layout layout;
-  const int depth = cuda::depth_of(cuda::Unit::kFloat);
-  const auto stage = cuda::stage_of(layout, cuda::Unit::kFloat, width, depth, along_steps);
+// The banks of the words that a warp reads for an operand, or writes by stage_columns, at once.
+std::vector<int> banks(int depth, bool writes) {
+  const int row = cuda::row_words(depth);
   std::vector<int> found;
-  for (int lane = 0; lane < 32; ++lane) found.push_back(stage.at(lane % 4, lane / 4) % 32);
+  for (int lane = 0; lane < 32; ++lane)
+    found.push_back((writes ? lane % 8 * row + lane / 8 : lane / 4 * row + lane % 4) % 32);
   return found;
 }
 
@@ -211,15 +209,14 @@ PYBIND11_MODULE(MODULE_NAME, m) {
       .value("packed_rate", cuda::Kernel::kPackedRate)
       .value("packed_renyi2", cuda::Kernel::kPackedRenyi2)
       .value("jacobi", cuda::Kernel::kJacobi);
-  m.def("plan", &plan, py::arg(), py::arg(), py::arg(), py::arg("samples") = true);
+  m.def("plan", &plan);
   m.def("warp_product", &warp_product);
   m.def("banks", &banks);
   m.def("needs_scratch", [](bool is_rate, double alpha, int64_t k, bool is_double) {
     return !cuda::is_fused({is_rate, 0, alpha, false}, k, is_double);
   });
-  m.def("product_shared_bytes", [](bool is_double) {
-    return cuda::product_plan(unit_of(is_double), true, true).shared_bytes;
-  });
+  m.def("product_shared_bytes",
+        [](bool is_double) { return cuda::product_plan(unit_of(is_double)).shared_bytes; });
   m.def("rows_shared_bytes", [](int64_t d, bool is_double) {
     return cuda::rows_plan(d, unit_of(is_double)).shared_bytes;
   });
