@@ -136,9 +136,7 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
       rows.stage_pairs(left, kTile, i0, at, scale + i0);
       rows.stage_pairs(right, kTile, j0, at, scale + j0);
     } else {
-      for (const bool is_left : {true, false}) {
-        const auto& to = is_left ? left : right;
-        const int64_t first = is_left ? i0 : j0;
+      const auto stage = [&](const auto& to, int64_t first) {
         if (samples)
           stage_rows<kDepth>(to, kTile, [&](int p, int i) {
             return rows.prepared(first + i, at + p, scale, mean);
@@ -147,7 +145,9 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
           stage_columns<kDepth>(to, kTile, [&](int p, int i) {
             return rows.prepared(at + p, first + i, scale, mean);
           });
-      }
+      };
+      stage(left, i0);
+      stage(right, j0);
     }
     __syncthreads();  // both operands are complete
     product.tile.add(left, right, depth_of(Tile::kUnit));
@@ -218,7 +218,6 @@ __global__ void __launch_bounds__(RowsPlan::kThreads, 2)
   const int64_t blocks = ceil_div(f.n, kRows), index = blockIdx.x / blocks;
   const int64_t i0 = int64_t(blockIdx.x) % blocks * kRows;
   const int d = int(f.d), t = int(threadIdx.x);
-  const Rows<T> rows(f, index);
   weight += index * d * d;
   scale += index * f.n;
   if (mean) mean += index * d;
@@ -227,12 +226,15 @@ __global__ void __launch_bounds__(RowsPlan::kThreads, 2)
   const Shared<double> partial = shared_array<double>(plan.partial, plan.across * kRows);
   Summed<Tile> product{Tile(kRows, kWidth, f.dtype)};
   const Tile& tile = product.tile;
-  for (int e = t; e < kRows * plan.steps; e += RowsPlan::kThreads) {
-    const int j = e % plan.steps, i = e / plan.steps;
-    if constexpr (Tile::kWholeLeft)
-      x(j, i) = rows.in_range(i0 + i, j, scale);
-    else
-      x(j, i) = rows.prepared(i0 + i, j, scale, mean);
+  {
+    const Rows<T> rows(f, index);
+    for (int e = t; e < kRows * plan.steps; e += RowsPlan::kThreads) {
+      const int j = e % plan.steps, i = e / plan.steps;
+      if constexpr (Tile::kWholeLeft)
+        x(j, i) = rows.in_range(i0 + i, j, scale);
+      else
+        x(j, i) = rows.prepared(i0 + i, j, scale, mean);
+    }
   }
   for (int at = 0; at < d; at += kDepth) {
     stage_columns<kDepth>(w, kWidth, [&](int p, int j) {
@@ -244,6 +246,7 @@ __global__ void __launch_bounds__(RowsPlan::kThreads, 2)
     __syncthreads();  // w has been read, before the next step overwrites it
   }
   product.flush();
+  const Rows<T> rows(f, index);  // again: kept until here, it would cost registers
   // Entry of the row that was normalised, before centring, as it was staged.
   const auto unit = [&](int i, int j) -> T { return x(j, i) + (mean ? mean[j] : T(0)); };
   if (f.normalize) {
