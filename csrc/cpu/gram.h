@@ -8,23 +8,17 @@ int64_t padded(int64_t k) {
 }
 
 // G (+ zero padding) of the prepared rows: upper triangle of k x k, leading dimension padded(k).
-// With `squares` (samples side, n to whole vectors), of the raw rows, whose sums of squares go
-// there.
+// Without `scale` (samples side), of the raw rows.
 template <class S, class T>
-void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* squares,
-                T* g, Prefetch& ahead, const Executor& executor) {
+void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* g,
+                Prefetch& ahead, const Executor& executor) {
   Memory memory;
   const int64_t k = samples ? rows.n : rows.d, depth_total = samples ? rows.d : rows.n;
   const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>);
   const int64_t block = std::min(depth_total, kPackDepth);
   T* packed = memory.take<T>(panels * NR<T> * std::max<int64_t>(block, 1));
-  const int64_t written = depth_total == 0 ? 0 : round_up(k, MR);
+  const int64_t written = depth_total == 0 ? 0 : k;
   std::memset(g + written * ldg, 0, size_t((ldg - written) * ldg) * sizeof(T));
-  // Tiles end with the vector that holds column k - 1; where tiles have more rows than vectors have
-  // lanes, there are columns after it.
-  if (kLanes<T> < MR)
-    for (int64_t i = 0, used = round_up(k, kLanes<T>); i < written; ++i)
-      std::fill(g + i * ldg + used, g + (i + 1) * ldg, T(0));
   for (int64_t at = 0; at < depth_total; at += block) {
     const int64_t depth = std::min(block, depth_total - at);
     executor.run(panels, 1, [&](int64_t begin, int64_t end) {
@@ -33,8 +27,8 @@ void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* m
           inner.take<T>(samples ? kLanes<T> * round_up(depth, kLanes<T>) : (end - begin) * NR<T>);
       if (samples) {
         for (int64_t p = begin; p < end; ++p)
-          pack_samples(rows, scale, mean, squares, p * NR<T>, at, at + depth,
-                       packed + p * NR<T> * depth, buffer);
+          pack_samples(rows, scale, mean, p * NR<T>, at, at + depth, packed + p * NR<T> * depth,
+                       buffer);
       } else {
         pack_features(rows, scale, mean, true, at, at + depth, begin, end, packed, buffer);
       }
@@ -60,6 +54,7 @@ void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* m
       }
     });
   }
+  if (depth_total > 0) complete_upper(k, g, ldg);
 }
 
 template <class T>
@@ -91,7 +86,7 @@ struct Gram {
     common_scale = scale_free && !f.normalize ? power_of_two_scale(rows) : T(1);
     kept = prepare(rows, common_scale, scale, mean, executor);
     Prefetch none;
-    gram_upper<S, T>(rows, samples, scale, mean, nullptr, g, none, executor);
+    gram_upper<S, T>(rows, samples, scale, mean, g, none, executor);
     set_unit_diagonal(f);
   }
 
@@ -107,22 +102,20 @@ struct Gram {
     for (int64_t i = 0; i < f.n; ++i) kept += rows.kept(i);
   }
 
-  // The common case reads z once: the product of the raw rows, scaled by 1 / (‖z_i‖ ‖z_j‖) after.
-  // Returns false if a square might not be in range.
+  // The common case reads z once: the product of the raw rows, scaled by 1 / (‖z_i‖ ‖z_j‖) after,
+  // which its diagonal holds. Returns false if a square might not be in range.
   bool normalized_after(Prefetch& ahead, const Executor& executor) {
     constexpr int VL = kLanes<T>;
-    Memory memory;
-    T* squares = memory.take<T>(round_up(k, VL));
     std::memset(mean, 0, size_t(round_up(rows.d, NR<T>)) * sizeof(T));
-    gram_upper<S, T>(rows, true, nullptr, nullptr, squares, g, ahead, executor);
+    gram_upper<S, T>(rows, true, nullptr, nullptr, g, ahead, executor);
+    for (int64_t i = 0; i < k; ++i) scale[i] = g[i * ldg + i];
+    for (int64_t i = 0; i < k; ++i) scale[i] = T(1 / std::sqrt(double(scale[i])));
     for (int64_t i = 0; i < k; ++i) {
+      const T square = g[i * ldg + i];
+      kept += rows.kept(i);
+      if (square > T(kSquareLow<T>) && square < T(kSquareHigh<T>)) continue;
       scale[i] = 0;
-      if (!rows.kept(i)) continue;
-      ++kept;
-      const double sum = rows.d ? squares[i] : 0;
-      if (sum > kSquareLow<T> && sum < kSquareHigh<T>) {
-        scale[i] = T(1 / std::sqrt(sum));
-      } else if (sum != 0 || !rows.zero(i)) {
+      if (rows.kept(i) && (square != 0 || !rows.zero(i))) {
         kept = 0;
         return false;
       }

@@ -53,6 +53,11 @@ class Prefetch {
   // Nothing to ask for.
   Prefetch() = default;
 
+  // `bytes` from `from` on.
+  Prefetch(const void* from, int64_t bytes, int64_t calls)
+      : at_(static_cast<const char*>(from)), end_(at_ + bytes),
+        step_(round_up(ceil_div(bytes, std::max<int64_t>(calls, 1)), 64)) {}
+
   // The matrix after `index`, if it is below `end`, lies in one piece and leaves room in a
   // second-level cache; some(...) will be called `calls` times.
   Prefetch(const Features& f, int64_t item, int64_t index, int64_t end, int64_t calls) {
@@ -170,25 +175,32 @@ T power_of_two_scale(const Rows<S, T>& rows) {
 
 // Panel [j0, j0 + NR) of Zᵀ-as-right-operand on the samples side: rows j0.. of z become columns,
 // depth runs over features [c0, c1). dst: (c1 - c0) x NR. buffer: kLanes x (c1 - c0) rounded up.
-// With `squares` (n, to whole vectors) rows stay raw, dropped ones still become zero, and the sums
-// of their squares are set at c0 = 0 and added to after.
+// Without `scale` rows stay raw; dropped ones become zero all the same.
 template <class S, class T>
-void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squares, int64_t j0,
-                  int64_t c0, int64_t c1, T* dst, T* buffer) {
+void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, int64_t j0, int64_t c0,
+                  int64_t c1, T* dst, T* buffer) {
   constexpr int VL = kLanes<T>;
   const int64_t depth = c1 - c0, stride = round_up(depth, VL);
   for (int g = 0; g < NV; ++g) {
     const int64_t first = j0 + g * VL;
     if (first >= rows.n) break;  // no tile reads vectors past the last row
     const T* source[VL];
-    bool used[VL];
+    bool used[VL], all = true;
     for (int i = 0; i < VL; ++i) {
       const int64_t row = std::min(first + i, rows.n - 1);
       used[i] = first + i < rows.n && rows.kept(first + i);
+      all &= used[i];
       source[i] = rows.fetch(row, c0, c1, buffer + i * stride);
     }
-    Vec<T> sums[VL] = {};
-    for (int64_t k = 0; k < depth; k += VL) {
+    int64_t k = 0;
+    if (all && !scale)  // the common case, without a question in the loop
+      for (; k + VL <= depth; k += VL) {
+        Vec<T> x[VL];
+        for (int i = 0; i < VL; ++i) x[i] = load(source[i] + k);
+        transpose_block<T>(x);
+        for (int q = 0; q < VL; ++q) store(dst + (k + q) * NR<T> + g * VL, x[q]);
+      }
+    for (; k < depth; k += VL) {
       Vec<T> x[VL];
       const int64_t valid = std::min<int64_t>(VL, depth - k);
       for (int i = 0; i < VL; ++i) {
@@ -202,23 +214,10 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squa
           std::memcpy(tail, source[i] + k, valid * sizeof(T));
           x[i] = load(tail);
         }
-      }
-      if (squares) {
-        for (int i = 0; i < VL; ++i) sums[i] += x[i] * x[i];
-      } else {
-        const Vec<T> m = load(mean + c0 + k);
-        for (int i = 0; i < VL; ++i)
-          if (used[i]) x[i] = x[i] * splat(scale[first + i]) - m;
+        if (used[i] && scale) x[i] = x[i] * splat(scale[first + i]) - load(mean + c0 + k);
       }
       transpose_block<T>(x);
       for (int64_t q = 0; q < valid; ++q) store(dst + (k + q) * NR<T> + g * VL, x[q]);
-    }
-    if (squares) {
-      transpose_block<T>(sums);
-      Vec<T> sum = c0 > 0 ? load(squares + first) : Vec<T>{};
-      for (int width = VL / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-      store(squares + first, sum + sums[0]);
     }
   }
 }
