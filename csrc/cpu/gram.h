@@ -8,10 +8,11 @@ int64_t padded(int64_t k) {
 }
 
 // G (+ zero padding) of the prepared rows: upper triangle of k x k, leading dimension padded(k).
-// Without `scale` (samples side), of the raw rows.
+// With `squares` (samples side, n to whole vectors), of the raw rows, whose sums of squares go
+// there.
 template <class S, class T>
-void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* g,
-                Prefetch& ahead, const Executor& executor) {
+void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* squares,
+                T* g, Prefetch& ahead, const Executor& executor) {
   Memory memory;
   const int64_t k = samples ? rows.n : rows.d, depth_total = samples ? rows.d : rows.n;
   const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>);
@@ -27,8 +28,8 @@ void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* m
           inner.take<T>(samples ? kLanes<T> * round_up(depth, kLanes<T>) : (end - begin) * NR<T>);
       if (samples) {
         for (int64_t p = begin; p < end; ++p)
-          pack_samples(rows, scale, mean, p * NR<T>, at, at + depth, packed + p * NR<T> * depth,
-                       buffer);
+          pack_samples(rows, scale, mean, squares, p * NR<T>, at, at + depth,
+                       packed + p * NR<T> * depth, buffer);
       } else {
         pack_features(rows, scale, mean, true, at, at + depth, begin, end, packed, buffer);
       }
@@ -86,7 +87,7 @@ struct Gram {
     common_scale = scale_free && !f.normalize ? power_of_two_scale(rows) : T(1);
     kept = prepare(rows, common_scale, scale, mean, executor);
     Prefetch none;
-    gram_upper<S, T>(rows, samples, scale, mean, g, none, executor);
+    gram_upper<S, T>(rows, samples, scale, mean, nullptr, g, none, executor);
     set_unit_diagonal(f);
   }
 
@@ -102,20 +103,21 @@ struct Gram {
     for (int64_t i = 0; i < f.n; ++i) kept += rows.kept(i);
   }
 
-  // The common case reads z once: the product of the raw rows, scaled by 1 / (‖z_i‖ ‖z_j‖) after,
-  // which its diagonal holds. Returns false if a square might not be in range.
+  // The common case reads z once: the product of the raw rows, scaled by 1 / (‖z_i‖ ‖z_j‖) after.
+  // Returns false if a square might not be in range.
   bool normalized_after(Prefetch& ahead, const Executor& executor) {
     constexpr int VL = kLanes<T>;
+    Memory memory;
+    T* squares = memory.take<T>(round_up(k, VL));
     std::memset(mean, 0, size_t(round_up(rows.d, NR<T>)) * sizeof(T));
-    gram_upper<S, T>(rows, true, nullptr, nullptr, g, ahead, executor);
-    for (int64_t i = 0; i < k; ++i) scale[i] = g[i * ldg + i];
-    for (int64_t i = 0; i < k; ++i) scale[i] = T(1 / std::sqrt(double(scale[i])));
+    if (!rows.d) std::memset(squares, 0, size_t(k) * sizeof(T));
+    gram_upper<S, T>(rows, true, nullptr, nullptr, squares, g, ahead, executor);
+    for (int64_t i = 0; i < k; ++i) scale[i] = T(1 / std::sqrt(double(squares[i])));
     for (int64_t i = 0; i < k; ++i) {
-      const T square = g[i * ldg + i];
       kept += rows.kept(i);
-      if (square > T(kSquareLow<T>) && square < T(kSquareHigh<T>)) continue;
+      if (squares[i] > T(kSquareLow<T>) && squares[i] < T(kSquareHigh<T>)) continue;
       scale[i] = 0;
-      if (rows.kept(i) && (square != 0 || !rows.zero(i))) {
+      if (rows.kept(i) && (squares[i] != 0 || !rows.zero(i))) {
         kept = 0;
         return false;
       }

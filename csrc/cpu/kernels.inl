@@ -36,6 +36,7 @@ namespace MMAE_ISA {
 #include "lanes.h"
 #include "lanes_factor.h"
 #include "lanes_eigen.h"
+#include "lanes_log.h"
 #include "lanes_entropy.h"
 #include "coding_rate.h"
 

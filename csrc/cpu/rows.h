@@ -175,10 +175,11 @@ T power_of_two_scale(const Rows<S, T>& rows) {
 
 // Panel [j0, j0 + NR) of Zᵀ-as-right-operand on the samples side: rows j0.. of z become columns,
 // depth runs over features [c0, c1). dst: (c1 - c0) x NR. buffer: kLanes x (c1 - c0) rounded up.
-// Without `scale` rows stay raw; dropped ones become zero all the same.
+// With `squares` (n, to whole vectors) rows stay raw, dropped ones still become zero, and the sums
+// of their squares are set at c0 = 0 and added to after.
 template <class S, class T>
-void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, int64_t j0, int64_t c0,
-                  int64_t c1, T* dst, T* buffer) {
+void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squares, int64_t j0,
+                  int64_t c0, int64_t c1, T* dst, T* buffer) {
   constexpr int VL = kLanes<T>;
   const int64_t depth = c1 - c0, stride = round_up(depth, VL);
   for (int g = 0; g < NV; ++g) {
@@ -192,13 +193,18 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, int64_t
       all &= used[i];
       source[i] = rows.fetch(row, c0, c1, buffer + i * stride);
     }
+    constexpr int kSums = std::min(VL, 4);  // short sums, and not one long one
+    Vec<T> sums[kSums] = {};
     int64_t k = 0;
-    if (all && !scale)  // the common case, without a question in the loop
+    if (all && squares)  // the common case, without a question in the loop
       for (; k + VL <= depth; k += VL) {
         Vec<T> x[VL];
         for (int i = 0; i < VL; ++i) x[i] = load(source[i] + k);
         transpose_block<T>(x);
-        for (int q = 0; q < VL; ++q) store(dst + (k + q) * NR<T> + g * VL, x[q]);
+        for (int q = 0; q < VL; ++q) {
+          store(dst + (k + q) * NR<T> + g * VL, x[q]);
+          sums[q % kSums] += x[q] * x[q];
+        }
       }
     for (; k < depth; k += VL) {
       Vec<T> x[VL];
@@ -214,10 +220,18 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, int64_t
           std::memcpy(tail, source[i] + k, valid * sizeof(T));
           x[i] = load(tail);
         }
-        if (used[i] && scale) x[i] = x[i] * splat(scale[first + i]) - load(mean + c0 + k);
+        if (used[i] && !squares) x[i] = x[i] * splat(scale[first + i]) - load(mean + c0 + k);
       }
       transpose_block<T>(x);
-      for (int64_t q = 0; q < valid; ++q) store(dst + (k + q) * NR<T> + g * VL, x[q]);
+      for (int64_t q = 0; q < valid; ++q) {
+        store(dst + (k + q) * NR<T> + g * VL, x[q]);
+        sums[q % kSums] += x[q] * x[q];
+      }
+    }
+    if (squares) {
+      Vec<T> sum = c0 > 0 ? load(squares + first) : Vec<T>{};
+      for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
+      store(squares + first, sum + sums[0]);
     }
   }
 }
