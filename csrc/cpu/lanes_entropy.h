@@ -67,7 +67,7 @@ struct LaneEntropy {
     for (int64_t i = 0; i < k; ++i)
       for (int64_t j = 0; j <= i; ++j) a[i * ld + j] = inverse * g[packed_row(i) + j];
     tridiagonalize_lanes<T>(a, k, ld, d, e, t);
-    if (v && alpha == 1 && sizeof(T) == 4) return of_order_1(a, k, order, ld, d, e, t, inverse);
+    if (v && !needs_vectors<T>(alpha, true)) return of_order_1(a, k, order, ld, d, e, t, inverse);
     if (v) {
       q = memory.take<Vec<T>>(order * ld);
       form_q_lanes<T>(a, k, ld, t, q, ld);

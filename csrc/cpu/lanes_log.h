@@ -16,6 +16,12 @@
 // where the rounding would count, are float64. Then V = Q (.) Qᵀ, in the place of the triangle. All
 // in all 4 k³ flops instead of the 9 k³ and more of eigenvectors by QL.
 
+// Whether V takes the eigenvectors: the approximation is one for float32.
+template <class T>
+bool needs_vectors(double alpha, bool want_v) {
+  return want_v && !(alpha == 1 && sizeof(T) == 4);
+}
+
 // Best approximations by 12 poles (python -m benchmarks.rational).
 constexpr int kPoles = 12, kPolesAtOnce = 4;
 constexpr double kPoleSlope = -3.50208168794121;
