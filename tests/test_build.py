@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmae_fast import cuda_backend
+from mmae_fast.backends import cuda_backend
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from mmae_fast import (
-    dispatch,
     distributed,
     effective_rank,
     fast_coding_rate,
@@ -23,6 +22,7 @@ from mmae_fast import (
     losses,
     reference,
 )
+from mmae_fast.backends import dispatch
 
 from .accuracy import coding_rate, entropy, expected, features, run
 from .ranks import WORLDS, Failure, Ranks
