@@ -47,6 +47,9 @@ class Task:
     def say(self, note):
         pass
 
+    def tell(self, line):
+        pass
+
 
 def together(folder, ways):
     """What the trainings said."""
