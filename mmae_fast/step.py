@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmae_fast.accumulate import accumulate_gradients
+from mmae_fast.batch_norm import BatchNorm
 from mmae_fast.config import PretrainConfig, UserError
-from mmae_fast.launch import BatchNorm, World, wrap
+from mmae_fast.launch import World, wrap
 from mmae_fast.objective import Objective
 
 Phase = Callable[[str], AbstractContextManager[Any]]

@@ -97,8 +97,8 @@ def wait(children):
 def main(runs):
     for changes in runs:
         ranks = changes.pop("ranks")
-        if "loss" in changes:
-            changes["loss"] = dataclasses.replace(CONFIG.loss, **changes["loss"])
+        for part in {"loss", "two_branch"} & changes.keys():
+            changes[part] = dataclasses.replace(getattr(CONFIG, part), **changes[part])
         changes["out"] = Path(changes["out"])
         statuses = wait(start(dataclasses.replace(CONFIG, **changes), images(), ranks))
         print(changes["out"].name, *statuses, flush=True)
