@@ -79,6 +79,8 @@ def start(config, data, ranks):
             status = 1
             try:
                 pretrain(config, (data, None), Silent())
+                if config.compile:
+                    print(f"rank {rank} compiled {compiled()}", flush=True)
                 status = 0
             except ValueError as error:
                 print(f"rank {rank}: {error}", flush=True)
@@ -87,6 +89,14 @@ def start(config, data, ranks):
                 os._exit(status)
         children.append(child)
     return children
+
+
+def compiled():
+    """How many graphs and how many breaks between them."""
+    from torch._dynamo.utils import counters
+
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return f"{graphs} graphs, {breaks} breaks"
 
 
 def wait(children):
