@@ -1,6 +1,7 @@
 """Command line: ``mmae COMMAND``, see ``COMMANDS`` below.
 
-A command imports what it needs when it runs, so that ``mmae --help`` answers at once.
+A command imports what it needs when it runs: help, and errors in what was asked for, need no torch
+and come at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mmae_fast.evaluation.config import (
     ProbeConfig,
     ReportConfig,
     VisualizeConfig,
+    check_finetuning,
 )
 from mmae_fast.training.config import (
     METHODS,
@@ -31,6 +33,7 @@ from mmae_fast.training.config import (
     PackedConfig,
     PretrainConfig,
     UserError,
+    check,
     from_dict,
 )
 from mmae_fast.training.recipes import RECIPES
@@ -107,6 +110,7 @@ def pretrain(arguments: list[str]) -> None:
         saved = dataclasses.replace(read_config(config.out), out=config.out, device=config.device)
         config = parse(PretrainConfig, "pretrain", arguments, default=saved)
 
+    check(config)
     from mmae_fast.training.train import pretrain as run
 
     checkpoint = run(config, began=BEGAN)
@@ -159,6 +163,7 @@ def finetune(arguments: list[str]) -> None:
         default = dataclasses.replace(saved, **kept)
         config = parse(FinetuneConfig, "finetune", arguments, default=default)
 
+    check_finetuning(config)
     from mmae_fast.evaluation.finetune import finetune as run
 
     accuracy, protocol = run(config)

@@ -66,6 +66,36 @@ def test_help_of_a_command(capsys, command):
     assert "--device" in text
 
 
+WITHOUT_TORCH = """
+import sys
+from mmae_fast.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--help", "usage: mmae COMMAND"),
+        ("pretrain --help", "--loss.mu"),
+        ("finetune --help", "--layer-decay"),
+        ("pretrain --colour red", "--colour"),
+        ("pretrain --epochs -1", "error: epochs must be > 0, got -1"),
+        ("pretrain --method simclr --shard", "error: shard is for masked autoencoders"),
+        ("pretrain --resume --out nothing", "error: no run in nothing"),
+        ("finetune run --rand-augment 31", "error: rand_augment must be in [0, 30], got 31"),
+    ],
+)
+def test_help_and_errors_need_no_torch(arguments, said, tmp_path):
+    """Which takes seconds to load."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said in done.stdout + done.stderr and "Assertion" not in done.stderr
+
+
 def test_recipe_sets_the_defaults(capsys):
     assert (
         "(default: 1024)" in failure(capsys, "pretrain", "--recipe", "mmae-vit-l-in1k", "--help")[0]

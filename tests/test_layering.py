@@ -32,7 +32,7 @@ mmae_fast
 two_branch coding_rates measures monitor accumulate
 losses theory
 
-training.config training.manifest training.progress
+training.config training.manifest training.progress training.batch_norm
 training.recipes training.models training.augment training.launch training.runs
 training.data.images training.data.decode
 training.data.sources training.data.builtin
@@ -174,7 +174,9 @@ def test_kernels_include_no_torch_and_no_python():
 
 BLANK_IMPORT = """
 import sys
-import mmae_fast, torch
+import mmae_fast
+assert not {"torch", "numpy"} & set(sys.modules)
+import torch
 heavy = {"triton", "timm", "matplotlib", "torchvision", "tyro", "rich", "safetensors", "numpy.f2py"}
 loaded = heavy & set(sys.modules)
 assert not loaded, loaded
@@ -195,8 +197,34 @@ def test_import_is_light():
 
 
 def test_losses_need_no_more_than_torch():
-    code = BLANK_IMPORT.replace("import mmae_fast, torch", "import mmae_fast.losses, torch")
+    code = BLANK_IMPORT.replace("import torch\n", "import torch, mmae_fast.losses\n")
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+NAMES_ON_DEMAND = """
+import pickle, sys
+import torch
+import mmae_fast
+assert set(mmae_fast.__all__) <= set(dir(mmae_fast)) and "mmae_fast.ops" not in sys.modules
+
+@torch.compile(fullgraph=True, backend="aot_eager")
+def both(z):  # the names are first asked for while this is traced
+    return mmae_fast.fast_matrix_entropy(z) + mmae_fast.information.joint_entropy(z, z)
+
+assert both(torch.eye(3, 5)).isfinite()
+from mmae_fast import *
+assert fast_matrix_entropy is mmae_fast.ops.fast_matrix_entropy
+assert pickle.loads(pickle.dumps(fast_matrix_entropy)) is fast_matrix_entropy
+assert information is sys.modules["mmae_fast.information"]
+assert EntropyMonitor is mmae_fast.monitor.EntropyMonitor
+"""
+
+
+def test_public_names_are_loaded_on_demand():
+    result = subprocess.run(
+        [sys.executable, "-c", NAMES_ON_DEMAND], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr

@@ -41,6 +41,9 @@ class Silent:
     def say(self, note):
         pass
 
+    def tell(self, line):
+        pass
+
 
 def make(device, **changes):
     config = dataclasses.replace(CONFIG, **changes)

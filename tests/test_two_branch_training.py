@@ -32,7 +32,7 @@ from mmae_fast.training.watch import view_metrics
 CPU = torch.device("cpu")
 METHODS = ("barlow_twins", "spectral", "simclr")
 MODEL = ModelConfig(patch_size=4, embed_dim=16, depth=1, num_heads=2)
-TIMINGS = ("images_per_second", "monitor_share", "data_wait_share")
+TIMINGS = ("images_per_second", "monitor_share", "data_wait_share", "epoch_data_wait_share")
 
 
 @pytest.fixture
@@ -70,6 +70,7 @@ def config(tmp_path):
 class Task:
     def __init__(self, stop_after=None):
         self.stop_after, self.done, self.notes = stop_after, 0, []
+        self.lines = []
 
     def start(self, total, done=0):
         self.done = done
@@ -81,6 +82,9 @@ class Task:
 
     def say(self, note):
         self.notes.append(note)
+
+    def tell(self, line):
+        self.lines.append(line)
 
 
 # --- Views ---------------------------------------------------------------------------------------

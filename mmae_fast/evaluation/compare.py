@@ -120,7 +120,8 @@ def medians(run: Path) -> dict[str, float]:
     """Medians over a training of what its speed was and what its parts cost."""
     records = read_metrics(run / "metrics.jsonl")
     found = {}
-    for key in ("images_per_second", "regularizer_share", "monitor_share"):
+    keys = ("images_per_second", "regularizer_share", "monitor_share", "epoch_data_wait_share")
+    for key in keys:
         values = [record[key] for record in records if key in record]
         if values:
             found[key] = statistics.median(values)

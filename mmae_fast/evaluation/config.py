@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mmae_fast.training.config import UserError
+
+MAGNITUDES = 30  # of torchvision's RandAugment
+
 
 @dataclass(frozen=True)
 class PublishedConfig:
@@ -221,3 +225,28 @@ FINETUNE_RECIPES: dict[str, tuple[str, FinetuneConfig]] = {
         ),
     ),
 }
+
+
+def check_finetuning(config: FinetuneConfig) -> None:
+    """Raise UserError, with the value received, for settings that cannot be meant."""
+    for name in ("epochs", "batch_size", "save_every", "keep"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be >= 1, got {getattr(config, name)}")
+    if not 0 <= config.warmup_epochs < config.epochs:
+        raise UserError(
+            f"warmup_epochs must be in [0, {config.epochs}), got {config.warmup_epochs}"
+        )
+    if not 0 < config.layer_decay <= 1:
+        raise UserError(f"layer_decay must be in (0, 1], got {config.layer_decay}")
+    if not 0 < config.min_crop <= 1:
+        raise UserError(f"min_crop must be in (0, 1], got {config.min_crop}")
+    for name in ("drop_path", "smoothing", "erasing"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+    for name in ("mixup", "cutmix"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"{name} must be >= 0, got {getattr(config, name)}")
+    if not 0 <= config.rand_augment <= MAGNITUDES:
+        raise UserError(f"rand_augment must be in [0, {MAGNITUDES}], got {config.rand_augment}")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise UserError(f"ema must be in (0, 1), got {config.ema}")

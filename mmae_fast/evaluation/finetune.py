@@ -28,7 +28,7 @@ from mmae_fast.evaluation.classifier import (
     build_schedule,
     seed_all,
 )
-from mmae_fast.evaluation.config import FinetuneConfig
+from mmae_fast.evaluation.config import FinetuneConfig, check_finetuning
 from mmae_fast.evaluation.evaluate import OpenRun, check_labels, open_run
 from mmae_fast.evaluation.export import encoder_options
 from mmae_fast.training.augment import normalise
@@ -42,7 +42,6 @@ from mmae_fast.training.train import Interrupted
 
 DRAWS = 10  # stream of the global generators, beside those of ``augment``
 RESULT = "finetune.json"
-MAGNITUDES = 30  # of torchvision's RandAugment
 
 PROTOCOL = (
     "Fine-tuning: all weights, {epochs} epochs, AdamW, lr {base_lr:g} x {batch_size:,}/256, layer "
@@ -62,7 +61,7 @@ def finetune(config: FinetuneConfig, task: Task | None = None) -> tuple[float, s
         UserError: what cannot work, with the values received.
         Interrupted: after Ctrl-C or SIGTERM, when the checkpoint is written.
     """
-    check(config)
+    check_finetuning(config)
     with join(config.device) as world:
         if task is not None:
             return train_classifier(config, world, task)
@@ -198,31 +197,6 @@ def tensors(
         training |= {f"{key}.{name}": v for key, v in optimizer.state[param].items()}
     files = {"model": scored.state_dict(), "training": training}
     return files if scored is model else files | {"weights": model.state_dict()}
-
-
-def check(config: FinetuneConfig) -> None:
-    """Raise UserError, with the value received, for settings that cannot be meant."""
-    for name in ("epochs", "batch_size", "save_every", "keep"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be >= 1, got {getattr(config, name)}")
-    if not 0 <= config.warmup_epochs < config.epochs:
-        raise UserError(
-            f"warmup_epochs must be in [0, {config.epochs}), got {config.warmup_epochs}"
-        )
-    if not 0 < config.layer_decay <= 1:
-        raise UserError(f"layer_decay must be in (0, 1], got {config.layer_decay}")
-    if not 0 < config.min_crop <= 1:
-        raise UserError(f"min_crop must be in (0, 1], got {config.min_crop}")
-    for name in ("drop_path", "smoothing", "erasing"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")
-    for name in ("mixup", "cutmix"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"{name} must be >= 0, got {getattr(config, name)}")
-    if not 0 <= config.rand_augment <= MAGNITUDES:
-        raise UserError(f"rand_augment must be in [0, {MAGNITUDES}], got {config.rand_augment}")
-    if config.ema is not None and not 0 < config.ema < 1:
-        raise UserError(f"ema must be in (0, 1), got {config.ema}")
 
 
 @torch.no_grad()

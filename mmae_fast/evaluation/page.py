@@ -38,9 +38,10 @@ COLUMNS = (
     ("effective_rank", "effective rank", "{:.2f}", False),
     ("images_per_second", "img/s", "{:,.0f}", False),
     ("regularizer_share", "regulariser’s share of a step", "{:.2%}", False),
+    ("epoch_data_wait_share", "waited for data, of an epoch", "{:.1%}", False),
 )
 # Shown only where some run has them.
-OPTIONAL = ("linear_probe_lars", "finetune")
+OPTIONAL = ("linear_probe_lars", "finetune", "epoch_data_wait_share")
 FIGURES = (
     ("entropy.png", "Effective rank and matrix entropy during training", "entropy"),
     ("loss.png", "Loss", "loss"),

@@ -68,7 +68,8 @@ class Batches:
         self.patches = self.size[0] * self.size[1] // config.model.patch_size**2
         self.steps_per_epoch = len(images) // config.batch_size  # an incomplete batch is left out
         self.wait_seconds = 0.0
-        self._measured_from: tuple[float, float] | None = None
+        self._began: tuple[float, float] | None = None
+        self._read: dict[str, tuple[float, float]] = {}
         self._epoch, self._order = -1, torch.empty(0)
         self._threads = ThreadPoolExecutor(COLLECTORS, "batches")
         self._next: tuple[int, Tensor, list[Future]] | None = None
@@ -77,7 +78,7 @@ class Batches:
         """Normalised, augmented images ``(B, C, H, W)`` and uniform noise ``(B, patches)``; or two
         views ``(B, C, H, W)``. B is the batch size divided by ``world``."""
         start = time.perf_counter()
-        self._measured_from = self._measured_from or (start, self.wait_seconds)
+        self._began = self._began or (start, self.wait_seconds)
         config, device, shard = self.config, self.mean.device, self.shard
         imgs = self._collected(step).to(device, non_blocking=True)
         rng = generator(device, config.seed, AUGMENTATION, step)
@@ -91,14 +92,14 @@ class Batches:
         self.wait_seconds += time.perf_counter() - start
         return batch
 
-    def wait_share(self) -> float:
-        """Share of the time that calls took, since ``wait_share`` was called last or else the first
-        batch. Equivalent to ``wait_seconds`` over the time by the clock, both since then."""
-        if self._measured_from is None:
+    def wait_share(self, reader: str = "") -> float:
+        """Share of the time that calls took, since ``reader`` last asked or else the first batch.
+        Equivalent to ``wait_seconds`` over the time by the clock, both since then."""
+        if self._began is None:
             return 0.0
-        start, waited = self._measured_from
+        start, waited = self._read.get(reader, self._began)
         now = time.perf_counter()
-        self._measured_from = now, self.wait_seconds
+        self._read[reader] = now, self.wait_seconds
         return (self.wait_seconds - waited) / (now - start)
 
     def _collected(self, step: int) -> Tensor:

@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmae_fast.training.batch_norm import BatchNorm, over_processes
 from mmae_fast.training.config import UserError
-
-BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def pick_device(name: str) -> torch.device:
@@ -182,11 +181,7 @@ def wrap(model: nn.Module, world: World, shard: bool) -> nn.Module:
     together. Raises: UserError: sharding asked of a process alone.
     """
     if any(isinstance(module, BatchNorm) for module in model.modules()) and world.size > 1:
-        if world.device.type != "cuda":
-            raise UserError(
-                "BatchNorm over several processes needs GPUs: train two branches in one process"
-            )
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = over_processes(model, world.device)
     if shard:
         if world.size == 1:
             raise UserError("--shard splits a model among processes: start them with torchrun")

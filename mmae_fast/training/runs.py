@@ -9,8 +9,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmae_fast.training.config import PretrainConfig, UserError, from_dict, to_dict
 from mmae_fast.training.manifest import replace_file
 
@@ -32,6 +30,8 @@ PLACE = (
 
 def versions() -> dict[str, Any]:
     """What a result may depend on besides the configuration."""
+    import torch  # here: what a run was can be read without
+
     packages = ("mmae_fast", "torch", "torchvision", "timm", "numpy")
     found = {name: _package_version(name) for name in packages}
     return found | {

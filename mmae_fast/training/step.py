@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmae_fast.accumulate import accumulate_gradients
+from mmae_fast.training.batch_norm import BatchNorm
 from mmae_fast.training.config import PretrainConfig, UserError
-from mmae_fast.training.launch import BatchNorm, World, wrap
+from mmae_fast.training.launch import World, wrap
 from mmae_fast.training.objective import Objective
 
 Phase = Callable[[str], AbstractContextManager[Any]]

@@ -27,7 +27,7 @@ from mmae_fast.training.objective import build_objective
 from mmae_fast.training.progress import Board, Task
 from mmae_fast.training.runs import check_same_run, create_run
 from mmae_fast.training.step import TrainingStep, learning_rate
-from mmae_fast.training.watch import Phases, Watch, progress_note
+from mmae_fast.training.watch import Phases, Watch, epoch_note, progress_note
 
 Data = tuple[ImageData, ImageData | None]
 
@@ -109,6 +109,7 @@ def train(
     if config.profile and world.main:
         tracing = phases.trace(config.out / "trace.json", total_steps - start)
     save_due, timed_from, clock = False, start, time.perf_counter()
+    of_epoch: dict[str, float] = {}
     with StopOnSignal(world) as stop:
         for step in range(start, total_steps):
             if tracing:
@@ -124,6 +125,9 @@ def train(
                 synchronise(world.device)
                 task.tell(f"First step done {time.perf_counter() - began:.1f} s after the command")
 
+            if due(steps_per_epoch):
+                of_epoch = {"epoch_data_wait_share": batches.wait_share("epoch")}
+                task.tell(epoch_note(done / steps_per_epoch, config, **of_epoch))
             log_due, monitor_due = due(config.log_every), due(config.monitor_every)
             if log_due or monitor_due:
                 synchronise(world.device)
@@ -133,6 +137,7 @@ def train(
                 record |= update.read() | watch.features() | {"lr": lr}
                 record["images_per_second"] = config.batch_size / seconds
                 record["data_wait_share"] = batches.wait_share()
+                record, of_epoch = record | of_epoch, {}
                 record |= update.objective.share(features, seconds)
             if monitor_due:
                 record |= watch.information()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmae_fast import fast_matrix_entropy
 from mmae_fast.measures import shared_information
 from mmae_fast.training.augment import VIEWS, generator, normalise, two_views
-from mmae_fast.training.config import PretrainConfig
+from mmae_fast.training.config import METHODS, PretrainConfig
 from mmae_fast.training.launch import synchronise
 from mmae_fast.training.models import MaskedAutoencoder, TwoBranch
 from mmae_fast.training.reconstruct import reconstructions, save_reconstructions
@@ -133,6 +133,15 @@ def progress_note(record: dict[str, float]) -> str:
         mutual = record[f"{part}_mutual_information_1"]
         note += f", mutual information {mutual:.2f}, monitoring {record['monitor_share']:.2%}"
     return note
+
+
+def epoch_note(epoch: float, config: PretrainConfig, epoch_data_wait_share: float) -> str:
+    """A line at the end of an epoch, or of what there is of it after a resumption."""
+    name = METHODS[config.loss.method][1]
+    return (
+        f"{name}, epoch {epoch:.4g} of {config.epochs:g}: waited for data "
+        f"{epoch_data_wait_share:.1%} of the time"
+    )
 
 
 class Phases:

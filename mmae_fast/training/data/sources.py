@@ -191,8 +191,11 @@ def packed_jpegs(path: Path) -> Source:
 
 
 def hugging_face(name: str, split: str) -> Source:
-    """A data set of the hub, a local copy of it, or a folder that ``save_to_disk`` wrote; its first
-    column of images, and of class labels where there is one."""
+    """A data set of the hub, a local copy of it, a Parquet or Arrow file, or a folder that
+    ``save_to_disk`` wrote; its first column of images, and of class labels where there is one.
+
+    The rows stay on the disk, in memory-mapped Arrow files, until they are asked for.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -204,6 +207,9 @@ def hugging_face(name: str, split: str) -> Source:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(path))
             found = found[split] if isinstance(found, dict) else found
+        elif path.suffix in (".parquet", ".arrow") and path.is_file():
+            kind = path.suffix.removeprefix(".")
+            found = datasets.load_dataset(kind, data_files={split: str(path)}, split=split)
         else:
             found = datasets.load_dataset(str(path) if path.is_dir() else name, split=split)
     except Exception as error:  # whatever the hub or the files raise
@@ -214,8 +220,10 @@ def hugging_face(name: str, split: str) -> Source:
         raise UserError(f"{HUGGING_FACE}{name} has no column of images: {list(found.features)}")
     labels = next((key for key, kind in columns if isinstance(kind, datasets.ClassLabel)), None)
     classes = tuple(found.features[labels].names) if labels else ()
-    found = found.cast_column(images, datasets.Image(decode=False))
-    samples = _HuggingFaceSamples(found, images, labels)
+    rows = found.select_columns([images, labels] if labels else [images])
+    samples = _HuggingFaceSamples(
+        rows.cast_column(images, datasets.Image(decode=False)), images, labels
+    )
     return Source(samples, classes, f"{HUGGING_FACE}{name}, {split}", 3, found._fingerprint)
 
 
