@@ -253,9 +253,10 @@ def describe_demo(
 
 def results_table(demo: dict[str, Any]) -> Table:
     """The final table, for the terminal."""
-    columns = columns_of(demo["results"])
+    # The wait for data is on the report: a terminal has 80 columns.
+    columns = [c for c in columns_of(demo["results"]) if c[0] != "epoch_data_wait_share"]
     table = Table(title=f"Frozen features, {demo['seeds']} seed{'s' if demo['seeds'] > 1 else ''}")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for _, heading, *_ in columns:
         table.add_column(heading, justify="right")
     for method, row in summarise(demo["results"]).items():

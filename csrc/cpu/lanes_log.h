@@ -2,7 +2,7 @@
 // Included inside an instruction-set namespace after lanes_eigen.h.
 //
 // V = dH / d rho = -log rho - H I needs log rho, of which rho = Q T Qᵀ leaves the logarithm of a
-// tridiagonal matrix. As in mmae_fast/rational.py, on the spectrum scaled to [0, 1],
+// tridiagonal matrix. As in mmae_fast/backends/rational.py, on the spectrum scaled to [0, 1],
 //
 //     -log x ≈ b + sum_p w_p / (x + u_p),        |error| <= 1e-8 / x:
 //
