@@ -85,8 +85,8 @@ struct Case {
 constexpr cuda::Measure kRate{true, 0.5, 0, false}, kRenyi2{false, 0, 2, false};
 constexpr cuda::Measure kVonNeumann{false, 0, 1, false}, kMin{false, 0, INFINITY, false};
 
-// Quick ones first. Both sides of every kernel, both compute types, every storage type; two steps
-// of a staged product (depth 16 or 32), two register tiles of the fused kernel, four tiles of a
+// The quick ones first. Both sides of every kernel, both compute types, every storage type; two
+// steps of a staged product (depth 16 or 32), both block sizes of the fused kernel, four tiles of a
 // Gram matrix.
 const Case kCases[] = {
     {"spectral", 0, 2, 20, 40, true, true, true, kRate},
