@@ -7,10 +7,10 @@
 //     -log x ≈ b + sum_p w_p / (x + u_p),        |error| <= 1e-8 / x:
 //
 // below what rounding of rho to float32 does to log x, 6e-8 / x. The inverse of a tridiagonal
-// matrix takes O(k²): with the pivots from the top (delta) and from the bottom (eta) of M = T + u
-// I,
+// matrix takes O(k²): with the pivots of T + uI from the top (delta) and from the bottom (eta),
 //
-//     X_jj = 1 / (delta_j + eta_j - M_jj),    X_{i+1,j} = -e_i / eta_{i+1} X_ij  for i >= j.
+//     X_jj = 1 / (eta_j - e_{j-1}² / delta_{j-1}),    X_{i+1,j} = -e_i / eta_{i+1} X_ij  for i >=
+//     j.
 //
 // Products only, of the same signs for every pole, so entries keep their relative accuracy; pivots,
 // where the rounding would count, are float64. Then V = Q (.) Qᵀ, in the place of the triangle. All
@@ -34,9 +34,9 @@ constexpr double kPoleWeight[kPoles] = {
     0.000974256858869363, 0.00351578515442211,  0.0115463792520441,   0.0356323185681541,
     0.107951129890304,    0.350150866610075,    1.51128326017592,     18.5455049685664};
 
-// Of one pole u of weight w and the matrix of diagonal `full` and squared off-diagonal `square` (k
-// x kLanes, the last 0): entries w X_jj are added to diagonal, and eta is left in its place.
-// Returns the smallest pivot: not positive where T + u I is not positive definite.
+// One pole u of weight w, for the matrix of diagonal `full` and squared off-diagonal `square` (k
+// rows of kLanes, the last 0): eta, entry = w X_jj, which is added to diagonal too, and `least`
+// lowered to the smallest pivot, which is not positive where T + uI is not positive definite.
 template <int VL>
 void pole_pivots(const double* full, const double* square, int64_t k, double u, double w,
                  double* eta, double* entry, double* diagonal, double* least) {
@@ -62,6 +62,16 @@ void pole_pivots(const double* full, const double* square, int64_t k, double u, 
   for (int m = 0; m < VL; ++m) least[m] = low[m];
 }
 
+// Entries far from the diagonal vanish; on the way numbers too small to be normal would cost an
+// interruption each.
+struct FlushToZero {
+#if defined(__x86_64__)
+  const unsigned before = _mm_getcsr();
+  FlushToZero() { _mm_setcsr(before | 0x8040); }
+  ~FlushToZero() { _mm_setcsr(before); }
+#endif
+};
+
 // The lower triangle of a (row stride lda) = sum_p w_p (T / c + u_p)⁻¹ + shift I. Returns the lanes
 // where all of these matrices are positive definite.
 template <class T>
@@ -69,6 +79,7 @@ Flags<T> minus_log_tridiagonal(const Vec<T>* d, const Vec<T>* e, const double* i
                                const double* shift, int64_t k, Vec<T>* a, int64_t lda) {
   constexpr int VL = kLanes<T>, P = kPolesAtOnce, C = 4;
   Memory memory;
+  [[maybe_unused]] const FlushToZero flush;
   double *full = memory.take<double>(k * VL), *square = memory.take<double>(k * VL),
          *off = memory.take<double>(k * VL), *eta = memory.take<double>(k * VL),
          *entry = memory.take<double>(k * VL), *diagonal = memory.take<double>(k * VL);
