@@ -45,8 +45,13 @@ class Steps:
         self.reports: list[Report] = []
         # The checkout comes first: an installed copy must not be measured in its place.
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        tools = [
+            str(Path(sys.executable).parent),
+            os.environ.get("PATH", ""),
+        ]  # ninja, if nowhere else
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PATH": os.pathsep.join(filter(None, tools)),
             "PYTHONUNBUFFERED": "1",
         }
 

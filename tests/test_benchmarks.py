@@ -104,6 +104,15 @@ def test_samples_are_interleaved_and_inputs_rotate():
     assert log[2:] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]  # after the warm-up
 
 
+@pytest.mark.parametrize("device", run.PASSES)
+def test_passes_reach_every_quantity_in_time(device):
+    for slow in (False, True):
+        turns = [q for s, quantities, _ in run.PASSES[device] if s == slow for q in quantities]
+        assert sorted(turns) == sorted(cases.QUANTITIES)
+    parts = [part for *_, part in run.PASSES[device]]
+    assert parts == sorted(parts) and parts[-1] == 1
+
+
 def test_least_work():
     flops, size = cases.least_work(cases.Shape(2, 4, 6), "coding_rate", "fwd+bwd")
     assert size == 3 * 2 * 4 * 6 * 4
