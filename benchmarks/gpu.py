@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,10 +46,7 @@ class Steps:
         self.reports: list[Report] = []
         # The checkout comes first: an installed copy must not be measured in its place.
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        tools = [
-            str(Path(sys.executable).parent),
-            os.environ.get("PATH", ""),
-        ]  # ninja, if nowhere else
+        tools = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]  # ninja is there
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PATH": os.pathsep.join(filter(None, tools)),
@@ -72,11 +70,14 @@ class Steps:
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # pytest says what failed so far
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
             return f"stopped after {limit:.0f} s"
         finally:  # its children too: a GPU that they hold is not free for the next step
-            if process.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
         return None if status == 0 else f"exit status {status}"
 
     def record(self, name: str, began: float, problem: str | None, note: str = "") -> bool:

@@ -210,7 +210,7 @@ def main() -> None:
             text = PAGE.read_text()
             before, after = text.split(start)[0], text.split(end)[1]
             PAGE.write_text(f"{before}{start}\n{table(budget)}\n{end}{after}")
-    raise SystemExit("\n".join(wrong))
+    raise SystemExit("\n".join(wrong) or None)
 
 
 if __name__ == "__main__":
