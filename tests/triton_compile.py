@@ -109,7 +109,7 @@ QUICK = {
 def compile_case(case: Case, arch: int) -> dict:
     """Registers, stack and shared bytes, and which tensor-core instructions there are."""
     options = dict(case.options)
-    launch = {"num_warps": 8 if case.kernel is gram._reduce_kernel else 4}
+    launch = {"num_warps": 8 if case.kernel in (gram._reduce_kernel, rows._row_scale_kernel) else 4}
     if case.config:
         options |= {"BLOCK": case.config.block, "DEPTH": case.config.depth}
         launch = {"num_warps": case.config.warps, "num_stages": case.config.stages}
