@@ -129,7 +129,7 @@ def build(steps: Steps) -> None:
         began = time.monotonic()
         arch = architecture()
         problem = steps.execute(install, 200, MMAE_FAST_CUDA=cuda, TORCH_CUDA_ARCH_LIST=arch)
-        see = f"import sys, mmae_fast.{module} as m; sys.exit(m.EXTENSION_ERROR)"
+        see = f"import sys, mmae_fast.backends.{module} as m; sys.exit(m.EXTENSION_ERROR)"
         problem = problem or steps.execute(python("-c", see), 60)
         if steps.record(name, began, problem, f"sm_{arch.replace('.', '')}" if cuda == "1" else ""):
             return
@@ -153,7 +153,7 @@ def gpu_tests() -> list[str]:
 
 def own_backends() -> list[str]:
     """Backends with CUDA kernels of our own."""
-    from mmae_fast import dispatch
+    from mmae_fast.backends import dispatch
 
     return [b for b in ("cuda", "triton") if dispatch.refusal(b, "cuda") is None]
 

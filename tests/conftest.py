@@ -9,6 +9,8 @@ import os
 import pytest
 import torch
 
+from .ranks import Ranks
+
 torch.set_num_threads(1)
 _fault = None
 
@@ -28,3 +30,10 @@ def pytest_runtest_teardown(item):
         except Exception:
             _fault = item.nodeid
             raise
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    started = Ranks()
+    yield started
+    started.stop()

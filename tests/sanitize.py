@@ -113,7 +113,7 @@ def build_extension():
     package.mkdir(exist_ok=True)
     for path in package.iterdir():
         path.unlink()
-    for path in (ROOT / "mmae_fast").glob("*.py"):
+    for path in (*(ROOT / "mmae_fast").glob("*.py"), ROOT / "mmae_fast" / "backends"):
         (package / path.name).symlink_to(path)
     link = [f"-L{path}" for path in extension.library_dirs]
     link += [f"-Wl,-rpath,{path}" for path in extension.library_dirs]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmae_fast import cli, demo
-from mmae_fast.config import DemoConfig, ModelConfig
+from mmae_fast.training.config import DemoConfig, ModelConfig
 
 pytest.importorskip("sklearn")
 SMALL = ["--model.patch-size", "2", "--model.embed-dim", "16", "--model.depth", "1"]
@@ -66,6 +66,36 @@ def test_help_of_a_command(capsys, command):
     assert "--device" in text
 
 
+WITHOUT_TORCH = """
+import sys
+from mmae_fast.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--help", "usage: mmae COMMAND"),
+        ("pretrain --help", "--loss.mu"),
+        ("finetune --help", "--layer-decay"),
+        ("pretrain --colour red", "--colour"),
+        ("pretrain --epochs -1", "error: epochs must be > 0, got -1"),
+        ("pretrain --method simclr --shard", "error: shard is for masked autoencoders"),
+        ("pretrain --resume --out nothing", "error: no run in nothing"),
+        ("finetune run --rand-augment 31", "error: rand_augment must be in [0, 30], got 31"),
+    ],
+)
+def test_help_and_errors_need_no_torch(arguments, said, tmp_path):
+    """Which takes seconds to load."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said in done.stdout + done.stderr and "Assertion" not in done.stderr
+
+
 def test_recipe_sets_the_defaults(capsys):
     assert (
         "(default: 1024)" in failure(capsys, "pretrain", "--recipe", "mmae-vit-l-in1k", "--help")[0]
@@ -101,9 +131,9 @@ def test_from_images_to_a_model_of_timm(tmp_path, capsys):
     """The whole way: pretrain, probe, kNN, fine-tune, export, and the same features in timm."""
     import torch
 
-    from mmae_fast.checkpoint import load_model
-    from mmae_fast.config import DataConfig
-    from mmae_fast.data import load_data
+    from mmae_fast.training.checkpoint import load_model
+    from mmae_fast.training.config import DataConfig
+    from mmae_fast.training.data import load_data
 
     run, tuned = tmp_path / "run", tmp_path / "tuned"
     pretrain(run)

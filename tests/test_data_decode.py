@@ -1,19 +1,23 @@
 """Image files of every kind to uint8 channels of one size, and where they are listed from."""
 
 import io
+import os
+import shutil
 import sys
 import tarfile
+import tracemalloc
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmae_fast.config import DataConfig, UserError
-from mmae_fast.data import decode as decoding
-from mmae_fast.data import load_data
-from mmae_fast.data.decode import Spec, Undecodable, decode
-from mmae_fast.data.sources import open_source
+from mmae_fast.training.config import DataConfig, PackConfig, UserError
+from mmae_fast.training.data import decode as decoding
+from mmae_fast.training.data import load_data, reading
+from mmae_fast.training.data.decode import Spec, Undecodable, decode
+from mmae_fast.training.data.packed import open_pack, write_pack
+from mmae_fast.training.data.sources import open_source
 
 RGB8 = Spec((8, 8), 3, True)
 GREY8 = Spec((8, 8), 1, True)
@@ -304,7 +308,10 @@ def test_hugging_face(tmp_path, monkeypatch):
     copy = datasets.load_dataset(str(tmp_path / "copy"), split="train")
     copy.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": copy}).save_to_disk(tmp_path / "parts")
-    for form in ("copy", "one", "parts"):
+    (tmp_path / "arrows").mkdir()
+    arrow = "arrows/train.arrow"
+    shutil.copy(next((tmp_path / "one").glob("*.arrow")), tmp_path / arrow)
+    for form in ("copy", "one", "parts", "arrows", "copy/train.parquet", arrow):
         train, _ = load_data(DataConfig(train=f"hf:{tmp_path / form}", img_size=8))
         assert train.images[:, 0, 0, 0].tolist() == [0, 1, 3]
         assert train.labels.tolist() == [0, 1, 0] and train.classes == ("cat", "dog")
@@ -312,6 +319,43 @@ def test_hugging_face(tmp_path, monkeypatch):
     for form in ("copy", "parts"):
         with pytest.raises(UserError, match="split test"):
             open_source(f"hf:{tmp_path / form}", "test")
+
+
+def test_hugging_face_larger_than_memory(tmp_path, monkeypatch):
+    """Packing holds the rows that are being decoded, not the set; other columns are not read."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow
+
+    count, side = 300, 256
+    image_bytes = 3 * side * side
+
+    def rows():
+        for i in range(count):
+            raw = b"P6 %d %d 255\n" % (side, side) + bytes([i % 256]) * image_bytes
+            yield {"image": {"bytes": raw, "path": None}, "other": {"bytes": b"no", "path": None}}
+
+    features = datasets.Features({"image": datasets.Image(), "other": datasets.Image()})
+    made = datasets.Dataset.from_generator(rows, features, cache_dir=str(tmp_path / "cache"))
+    made.save_to_disk(tmp_path / "set")
+    del made
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    pool = pyarrow.default_memory_pool()
+    before, held = pool.bytes_allocated(), []
+
+    def watched(data, spec):
+        held.append(pool.bytes_allocated())
+        return decode(data, spec)
+
+    monkeypatch.setattr(reading, "decode", watched)
+    tracemalloc.start()
+    write_pack(PackConfig(f"hf:{tmp_path / 'set'}", tmp_path / "pack", img_size=4))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(held) == count
+    assert max(peak, max(held) - before) < count * image_bytes / 4
+    pack = open_pack(tmp_path / "pack")
+    assert pack.images[:, 0, 0, 0].tolist() == [i % 256 for i in range(count)]
+    assert pack.labels is None
 
 
 @pytest.mark.parametrize("name", ["CIFAR100", "SVHN", "STL10"])

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmae_fast import train
-from mmae_fast.checkpoint import latest_checkpoint, load_model
-from mmae_fast.config import (
+from mmae_fast.training import train
+from mmae_fast.training.checkpoint import latest_checkpoint, load_model
+from mmae_fast.training.config import (
     DataConfig,
     LossConfig,
     ModelConfig,
@@ -27,13 +28,13 @@ from mmae_fast.config import (
     from_dict,
     to_dict,
 )
-from mmae_fast.data import ImageData
-from mmae_fast.models import build_model
-from mmae_fast.objective import regularizer_seconds
-from mmae_fast.recipes import RECIPES
-from mmae_fast.runs import MetricsFile, read_config, read_metrics, read_run
-from mmae_fast.step import learning_rate
-from mmae_fast.train import Interrupted, pretrain
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.models import build_model
+from mmae_fast.training.objective import regularizer_seconds
+from mmae_fast.training.recipes import RECIPES
+from mmae_fast.training.runs import MetricsFile, read_config, read_metrics, read_run
+from mmae_fast.training.step import TrainingStep, learning_rate
+from mmae_fast.training.train import Interrupted, pretrain
 
 MODEL = ModelConfig(
     patch_size=2,
@@ -78,6 +79,7 @@ class Task:
 
     def __init__(self, stop_after=None, number=signal.SIGINT):
         self.stop_after, self.number, self.done, self.notes = stop_after, number, 0, []
+        self.lines = []
 
     def start(self, total, done=0):
         self.total, self.done = total, done
@@ -89,6 +91,9 @@ class Task:
 
     def say(self, note):
         self.notes.append(note)
+
+    def tell(self, line):
+        self.lines.append(line)
 
 
 # --- Schedule and groups -------------------------------------------------------------------------
@@ -174,6 +179,34 @@ def test_run_folder(config, data):
     assert meta["step"] == 12 and not model.training
 
 
+def test_every_epoch_tells_its_share_of_waiting(config, data, monkeypatch):
+    """Of its own time, and at no cost: nothing waits for the device before the last step."""
+    task, waits = Task(), []
+
+    class Slow(train.Batches):
+        def __call__(self, step):
+            if 4 <= step < 8:  # in the second of three epochs
+                self.wait_seconds += 1e6
+            return super().__call__(step)
+
+    monkeypatch.setattr(train, "Batches", Slow)
+    for owner, name in ((train, "synchronise"), (TrainingStep, "read")):
+        kept = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, f=kept: waits.append(task.done) or f(*a))
+    changes = dict(log_every=100, monitor_every=0, save_every=9)
+    pretrain(dataclasses.replace(config, **changes), data, task)
+    assert set(waits) == {12}
+    shares = [
+        re.fullmatch(r"M-MAE, epoch (\d) of 3: waited for data (\d+\.\d)% of the time", line)
+        for line in task.lines
+    ]
+    assert [match[1] for match in shares] == ["1", "2", "3"]
+    first, second, third = (float(match[2]) for match in shares)
+    assert 0 < first < 100 < second and third < 100
+    last = read_metrics(config.out / "metrics.jsonl")[-1]
+    assert 100 * last["epoch_data_wait_share"] == pytest.approx(third, abs=0.06)
+
+
 def test_loss_goes_down(config, data):
     pretrain(dataclasses.replace(config, epochs=30, log_every=40), data, Task())
     records = read_metrics(config.out / "metrics.jsonl")
@@ -252,6 +285,7 @@ def test_config_round_trip():
 
 
 TIMINGS = ("images_per_second", "regularizer_share", "monitor_share", "data_wait_share")
+TIMINGS += ("epoch_data_wait_share",)
 
 
 def final_files(run):

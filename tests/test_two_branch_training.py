@@ -12,27 +12,27 @@ from safetensors.torch import load_file
 from torchvision.io import write_png
 
 from mmae_fast import losses
-from mmae_fast.augment import Batches, augment, generator, jitter_colours, two_views
-from mmae_fast.checkpoint import latest_checkpoint, load_model
-from mmae_fast.config import (
+from mmae_fast.evaluation.config import VisualizeConfig
+from mmae_fast.evaluation.evaluate import visualize
+from mmae_fast.training.augment import Batches, augment, generator, jitter_colours, two_views
+from mmae_fast.training.checkpoint import latest_checkpoint, load_model
+from mmae_fast.training.config import (
     LossConfig,
     ModelConfig,
     PretrainConfig,
     TwoBranchConfig,
     UserError,
 )
-from mmae_fast.data import ImageData
-from mmae_fast.eval_config import VisualizeConfig
-from mmae_fast.evaluate import visualize
-from mmae_fast.models import MaskedAutoencoder, TwoBranch, build_model
-from mmae_fast.runs import read_metrics
-from mmae_fast.train import Interrupted, pretrain
-from mmae_fast.watch import view_metrics
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.models import MaskedAutoencoder, TwoBranch, build_model
+from mmae_fast.training.runs import read_metrics
+from mmae_fast.training.train import Interrupted, pretrain
+from mmae_fast.training.watch import view_metrics
 
 CPU = torch.device("cpu")
 METHODS = ("barlow_twins", "spectral", "simclr")
 MODEL = ModelConfig(patch_size=4, embed_dim=16, depth=1, num_heads=2)
-TIMINGS = ("images_per_second", "monitor_share", "data_wait_share")
+TIMINGS = ("images_per_second", "monitor_share", "data_wait_share", "epoch_data_wait_share")
 
 
 @pytest.fixture
@@ -70,6 +70,7 @@ def config(tmp_path):
 class Task:
     def __init__(self, stop_after=None):
         self.stop_after, self.done, self.notes = stop_after, 0, []
+        self.lines = []
 
     def start(self, total, done=0):
         self.done = done
@@ -81,6 +82,9 @@ class Task:
 
     def say(self, note):
         self.notes.append(note)
+
+    def tell(self, line):
+        self.lines.append(line)
 
 
 # --- Views ---------------------------------------------------------------------------------------

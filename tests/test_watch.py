@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig, UserError
-from mmae_fast.data import ImageData
-from mmae_fast.progress import Board
-from mmae_fast.runs import read_metrics, read_run
-from mmae_fast.train import pretrain
+from mmae_fast.training.config import LossConfig, ModelConfig, PretrainConfig, UserError
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.progress import Board
+from mmae_fast.training.runs import read_metrics, read_run
+from mmae_fast.training.train import pretrain
 
 
 @pytest.fixture
@@ -50,7 +50,9 @@ def test_plain_lines_where_there_is_no_terminal(config, data):
     said = show(config, data, began=0.0)
     lines = said.splitlines()
     assert re.fullmatch(r"First step done [\d.]+ s after the command", lines[0])
-    assert len(lines) == 5
+    epochs = [line for line in lines if re.match(r"M-MAE, epoch \d of 4: waited for data \d", line)]
+    lines = [line for line in lines if line not in epochs]
+    assert len(epochs) == 4 and len(lines) == 5
     for line in lines[1:]:
         assert re.match(
             r"M-MAE \d+/20: loss -?\d+\.\d+, effective rank \d+\.\d, [\d,]+ img/s, "

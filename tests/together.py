@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig
-from mmae_fast.data import ImageData
-from mmae_fast.train import pretrain
+from mmae_fast.training.config import LossConfig, ModelConfig, PretrainConfig
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.train import pretrain
 
 CONFIG = PretrainConfig(
     model=ModelConfig(
@@ -54,6 +54,9 @@ class Silent:
     def say(self, note):
         pass
 
+    def tell(self, line):
+        pass
+
 
 def images():
     rng = torch.Generator().manual_seed(0)
@@ -76,6 +79,8 @@ def start(config, data, ranks):
             status = 1
             try:
                 pretrain(config, (data, None), Silent())
+                if config.compile:
+                    print(f"rank {rank} compiled {compiled()}", flush=True)
                 status = 0
             except ValueError as error:
                 print(f"rank {rank}: {error}", flush=True)
@@ -86,6 +91,14 @@ def start(config, data, ranks):
     return children
 
 
+def compiled():
+    """How many graphs and how many breaks between them."""
+    from torch._dynamo.utils import counters
+
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return f"{graphs} graphs, {breaks} breaks"
+
+
 def wait(children):
     """Their exit statuses; negative: the signal that ended them."""
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -94,8 +107,8 @@ def wait(children):
 def main(runs):
     for changes in runs:
         ranks = changes.pop("ranks")
-        if "loss" in changes:
-            changes["loss"] = dataclasses.replace(CONFIG.loss, **changes["loss"])
+        for part in {"loss", "two_branch"} & changes.keys():
+            changes[part] = dataclasses.replace(getattr(CONFIG, part), **changes[part])
         changes["out"] = Path(changes["out"])
         statuses = wait(start(dataclasses.replace(CONFIG, **changes), images(), ranks))
         print(changes["out"].name, *statuses, flush=True)

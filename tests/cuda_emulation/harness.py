@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmae_fast import cuda_backend, reference
+from mmae_fast import reference
+from mmae_fast.backends import cuda_backend
 
 from ..accuracy import by_operator, check_operator
 
