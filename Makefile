@@ -90,7 +90,8 @@ FUZZ ?= 20000
 fuzz: $(VENV)/.installed
 	MMAE_FAST_FUZZ_CASES=$(FUZZ) $(BIN)/python -m pytest -q tests/test_fuzz.py
 
-# The CPU kernels under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer (Linux, g++).
+# The CPU kernels under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer, the CUDA
+# kernels under ThreadSanitizer (Linux, g++).
 sanitize: $(VENV)/.installed
 	$(BIN)/python tests/sanitize.py
 

@@ -35,14 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmae_fast import (
-    dispatch,
-    fast_coding_rate,
-    fast_gram,
-    fast_matrix_entropy,
-    information,
-    reference,
-)
+from mmae_fast import fast_coding_rate, fast_gram, fast_matrix_entropy, information, reference
+from mmae_fast.backends import dispatch
 
 DIRECTIONS = ("fwd", "fwd+bwd")
 

@@ -27,8 +27,10 @@ from typing import Any
 
 from rich.console import Console
 
-from mmae_fast.checkpoint import pick_device
-from mmae_fast.config import (
+from mmae_fast.demo import PROBE_STEPS, PROBE_TRAIN, classify, run_one
+from mmae_fast.evaluation.evaluate import raw_pixels
+from mmae_fast.training.checkpoint import pick_device
+from mmae_fast.training.config import (
     METHODS,
     DataConfig,
     LossConfig,
@@ -37,12 +39,10 @@ from mmae_fast.config import (
     UserError,
     to_dict,
 )
-from mmae_fast.data import ImageData, load_data
-from mmae_fast.demo import PROBE_STEPS, PROBE_TRAIN, classify, run_one
-from mmae_fast.evaluate import raw_pixels
-from mmae_fast.progress import Board
-from mmae_fast.recipes import TINY
-from mmae_fast.runs import PLACE, read_metrics, versions
+from mmae_fast.training.data import ImageData, load_data
+from mmae_fast.training.progress import Board
+from mmae_fast.training.recipes import TINY
+from mmae_fast.training.runs import PLACE, read_metrics, versions
 
 from .experiment_page import MASKED, TWO_BRANCH, draw, table, write_page
 

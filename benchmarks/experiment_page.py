@@ -7,10 +7,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from mmae_fast.config import METHODS
-from mmae_fast.page import COLOURS, format_cell
-from mmae_fast.plots import Curve, draw_information
-from mmae_fast.watch import MONITORED
+from mmae_fast.evaluation.page import COLOURS, format_cell
+from mmae_fast.evaluation.plots import Curve, draw_information
+from mmae_fast.training.config import METHODS
+from mmae_fast.training.watch import MONITORED
 
 MASKED, TWO_BRANCH = ("mae", "u_mae", "m_mae"), ("barlow_twins", "spectral")
 

@@ -107,7 +107,7 @@ def build(steps: Steps) -> bool:
         problem = steps.execute(python("setup.py", "build_ext", "--inplace"), 180)
         note = "setup.py build_ext --inplace"
     if not problem:
-        see = "import mmae_fast.dispatch as d, sys; sys.exit(d.EXTENSION_ERROR)"
+        see = "import mmae_fast.backends.dispatch as d, sys; sys.exit(d.EXTENSION_ERROR)"
         problem = steps.execute(python("-c", see), 60)
     return steps.record("build", began, problem, note)
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmae_fast.augment import (
+from mmae_fast.training.augment import (
     AUGMENTATION,
     Batches,
     augment,
@@ -31,11 +31,11 @@ from mmae_fast.augment import (
     normalise,
     two_views,
 )
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig
-from mmae_fast.data.images import ImageData
-from mmae_fast.data.packed import open_pack, pack_source
-from mmae_fast.data.reading import make_spec
-from mmae_fast.data.sources import from_images
+from mmae_fast.training.config import LossConfig, ModelConfig, PretrainConfig
+from mmae_fast.training.data.images import ImageData
+from mmae_fast.training.data.packed import open_pack, pack_source
+from mmae_fast.training.data.reading import make_spec
+from mmae_fast.training.data.sources import from_images
 
 from . import measure
 from .run import RESULTS, aligned

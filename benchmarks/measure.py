@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import mmae_fast
-from mmae_fast import dispatch, fast_gram
+from mmae_fast import fast_gram
+from mmae_fast.backends import dispatch
 
 from . import cases
 

@@ -1,4 +1,4 @@
-"""Poles of mmae_fast/rational.py, and what the method costs in accuracy.
+"""Poles of mmae_fast/backends/rational.py, and what the method costs in accuracy.
 
     python -m benchmarks.rational           the constants, by Remez exchange, float64
     python -m benchmarks.rational --errors  the table of docs/algorithms.md
@@ -16,7 +16,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from mmae_fast import fast_matrix_entropy, rational
+from mmae_fast import fast_matrix_entropy
+from mmae_fast.backends import rational
 
 # Close enough to start: poles, and places of the extrema, for m = 2 and m = 3.
 SEEDS = (

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmae_fast import dispatch, fast_gram
+from mmae_fast import fast_gram
+from mmae_fast.backends import dispatch
 from mmae_fast.losses import MatrixEntropyRegularizer
 
 from . import measure

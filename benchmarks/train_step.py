@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig
-from mmae_fast.launch import World, synchronise
-from mmae_fast.models import MaskedAutoencoder
-from mmae_fast.objective import build_objective
-from mmae_fast.recipes import VIT_TINY
-from mmae_fast.step import TrainingStep
+from mmae_fast.training.config import LossConfig, ModelConfig, PretrainConfig
+from mmae_fast.training.launch import World, synchronise
+from mmae_fast.training.models import MaskedAutoencoder
+from mmae_fast.training.objective import build_objective
+from mmae_fast.training.recipes import VIT_TINY
+from mmae_fast.training.step import TrainingStep
 
 from . import measure
 

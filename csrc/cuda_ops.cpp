@@ -1,7 +1,7 @@
 // Registration of the compiled CUDA kernels with PyTorch, on its stable ABI, as a library of its
 // own: mmae_fast._C_cuda is loaded when the backend "cuda" is asked for, and needs no CUDA library
 // at load time (the runtime is linked statically). Here are the checks that memory safety needs;
-// the choice between these kernels and PyTorch's is in mmae_fast/cuda_backend.py.
+// the choice between these kernels and PyTorch's is in mmae_fast/backends/cuda_backend.py.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 

@@ -9,10 +9,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <Python.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -20,6 +16,7 @@
 #include <vector>
 
 #include "cpu/api.h"
+#include "cpu/pages.h"
 
 namespace {
 
@@ -119,19 +116,17 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType t
   return torch::stable::new_empty(like, shape, type);
 }
 
-// Large results are fresh memory at every call. In pages of 4 KB their first use would fault once
-// per page, which costs more than computing them; so large pages are asked for, inside the tensor
-// only.
+// The results that may be large: from memory that earlier calls have used, if there is some.
 Tensor empty_large(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  Tensor result = empty(like, shape, type);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t(2) << 20;
-  const auto at = reinterpret_cast<uintptr_t>(result.const_data_ptr());
-  const uintptr_t bytes = uintptr_t(result.numel()) * uintptr_t(result.element_size());
-  const uintptr_t begin = (at + kPage - 1) / kPage * kPage, end = (at + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return result;
+  size_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : shape) bytes *= size_t(size);
+  if (bytes < mmae::Pages::kLarge) return empty(like, shape, type);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * shape[i];
+  void* data = mmae::Pages::of_this_process().take(bytes);
+  return torch::stable::from_blob(data, shape, strides, like.device(), type, [](void* block) {
+    mmae::Pages::of_this_process().give_back(block);
+  });
 }
 
 struct Outputs {

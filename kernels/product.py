@@ -1,4 +1,4 @@
-"""Gradient of z from the k x k weight W' (mmae_fast/torch_backend.py has the convention).
+"""Gradient of z from the k x k weight W' (mmae_fast/backends/torch_backend.py has the convention).
 
     samples    grad z = g W' z                                        (raw rows)
     features   y = g x W',   grad z_i = (y_i - (ẑ_i · y_i) ẑ_i) s_i   (the projection: normalised)

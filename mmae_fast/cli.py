@@ -15,17 +15,7 @@ import sys
 import time
 from typing import Any
 
-from mmae_fast.config import (
-    METHODS,
-    DemoConfig,
-    PackConfig,
-    PackedConfig,
-    PretrainConfig,
-    UserError,
-    check,
-    from_dict,
-)
-from mmae_fast.eval_config import (
+from mmae_fast.evaluation.config import (
     FINETUNE_RECIPES,
     AnalyzeConfig,
     EvalConfig,
@@ -36,7 +26,17 @@ from mmae_fast.eval_config import (
     VisualizeConfig,
     check_finetuning,
 )
-from mmae_fast.recipes import RECIPES
+from mmae_fast.training.config import (
+    METHODS,
+    DemoConfig,
+    PackConfig,
+    PackedConfig,
+    PretrainConfig,
+    UserError,
+    check,
+    from_dict,
+)
+from mmae_fast.training.recipes import RECIPES
 
 DEFAULT_RECIPE = "tiny"
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -104,14 +104,14 @@ def pretrain(arguments: list[str]) -> None:
         PretrainConfig, "pretrain", arguments, default=RECIPES[recipe][1], description=description
     )
     if config.resume:
-        from mmae_fast.runs import read_config
+        from mmae_fast.training.runs import read_config
 
         # Parsed again over what was saved: an option given now that differs is refused later on.
         saved = dataclasses.replace(read_config(config.out), out=config.out, device=config.device)
         config = parse(PretrainConfig, "pretrain", arguments, default=saved)
 
     check(config)
-    from mmae_fast.train import pretrain as run
+    from mmae_fast.training.train import pretrain as run
 
     checkpoint = run(config, began=BEGAN)
     if main_process():
@@ -121,7 +121,7 @@ def pretrain(arguments: list[str]) -> None:
 def probe(arguments: list[str]) -> None:
     config = parse(ProbeConfig, "probe", arguments)
 
-    from mmae_fast.evaluate import probe as run
+    from mmae_fast.evaluation.evaluate import probe as run
 
     _print_score(f"linear_probe_{config.protocol}", config, *run(config))
 
@@ -129,7 +129,7 @@ def probe(arguments: list[str]) -> None:
 def knn(arguments: list[str]) -> None:
     config = parse(EvalConfig, "knn", arguments, description="kNN accuracy of a frozen encoder.")
 
-    from mmae_fast.evaluate import nearest_neighbours as run
+    from mmae_fast.evaluation.evaluate import nearest_neighbours as run
 
     _print_score("knn", config, *run(config))
 
@@ -155,7 +155,7 @@ def finetune(arguments: list[str]) -> None:
     )
     config = parse(FinetuneConfig, "finetune", arguments, default=default, description=description)
     if config.resume:
-        from mmae_fast.runs import read_run
+        from mmae_fast.training.runs import read_run
 
         # Parsed again over what was saved: an option given now that differs is refused later on.
         saved = from_dict(FinetuneConfig, read_run(config.out)["config"])
@@ -164,7 +164,7 @@ def finetune(arguments: list[str]) -> None:
         config = parse(FinetuneConfig, "finetune", arguments, default=default)
 
     check_finetuning(config)
-    from mmae_fast.finetune import finetune as run
+    from mmae_fast.evaluation.finetune import finetune as run
 
     accuracy, protocol = run(config)
     if os.environ.get("RANK", "0") == "0":
@@ -174,7 +174,7 @@ def finetune(arguments: list[str]) -> None:
 def export(arguments: list[str]) -> None:
     config = parse(ExportConfig, "export", arguments)
 
-    from mmae_fast.export import export as run
+    from mmae_fast.evaluation.export import export as run
 
     print(run(config))
 
@@ -182,7 +182,7 @@ def export(arguments: list[str]) -> None:
 def report(arguments: list[str]) -> None:
     config = parse(ReportConfig, "report", arguments)
 
-    from mmae_fast.compare import compare_runs
+    from mmae_fast.evaluation.compare import compare_runs
 
     print(f"Report: {compare_runs(config)}")
 
@@ -190,7 +190,7 @@ def report(arguments: list[str]) -> None:
 def analyze(arguments: list[str]) -> None:
     config = parse(AnalyzeConfig, "analyze", arguments)
 
-    from mmae_fast.analyze import run_analysis
+    from mmae_fast.evaluation.analyze import run_analysis
 
     run_analysis(config)
 
@@ -198,7 +198,7 @@ def analyze(arguments: list[str]) -> None:
 def visualize(arguments: list[str]) -> None:
     config = parse(VisualizeConfig, "visualize", arguments)
 
-    from mmae_fast.evaluate import visualize as run
+    from mmae_fast.evaluation.evaluate import visualize as run
 
     print(run(config))
 
@@ -212,7 +212,7 @@ def data(arguments: list[str]) -> None:
         raise UserError(f"pack, info or verify, not {action!r}")
     config = parse(PackConfig if action == "pack" else PackedConfig, f"data {action}", rest)
 
-    from mmae_fast.data import packed
+    from mmae_fast.training.data import packed
 
     if action == "pack":
         try:

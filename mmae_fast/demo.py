@@ -12,9 +12,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmae_fast.checkpoint import latest_checkpoint, load_model, pick_device
-from mmae_fast.compare import medians
-from mmae_fast.config import (
+from mmae_fast.evaluation.compare import medians
+from mmae_fast.evaluation.evaluate import (
+    channel_tensors,
+    classify,
+    extract,
+    raw_pixels,
+)
+from mmae_fast.evaluation.page import columns_of, format_cell, summarise
+from mmae_fast.evaluation.probes import Features
+from mmae_fast.evaluation.report import write_report
+from mmae_fast.training.checkpoint import latest_checkpoint, load_model, pick_device
+from mmae_fast.training.config import (
     METHODS,
     DataConfig,
     DemoConfig,
@@ -22,16 +31,13 @@ from mmae_fast.config import (
     PretrainConfig,
     UserError,
 )
-from mmae_fast.data import ImageData, load_demo_data
-from mmae_fast.evaluate import channel_tensors, classify, extract, raw_pixels, reconstructions
-from mmae_fast.page import columns_of, format_cell, summarise
-from mmae_fast.probes import Features
-from mmae_fast.progress import Board, Task
-from mmae_fast.recipes import TINY
-from mmae_fast.report import save_reconstructions, write_report
-from mmae_fast.runs import versions
-from mmae_fast.train import pretrain
-from mmae_fast.watch import HELD_OUT
+from mmae_fast.training.data import ImageData, load_demo_data
+from mmae_fast.training.progress import Board, Task
+from mmae_fast.training.recipes import TINY
+from mmae_fast.training.reconstruct import reconstructions, save_reconstructions
+from mmae_fast.training.runs import versions
+from mmae_fast.training.train import pretrain
+from mmae_fast.training.watch import HELD_OUT
 
 DEMO_METHODS = ("mae", "u_mae", "m_mae")
 # Fixed sizes, not a time limit: the result must not depend on how fast the machine is.
@@ -247,9 +253,10 @@ def describe_demo(
 
 def results_table(demo: dict[str, Any]) -> Table:
     """The final table, for the terminal."""
-    columns = columns_of(demo["results"])
+    # The wait for data is on the report: a terminal has 80 columns.
+    columns = [c for c in columns_of(demo["results"]) if c[0] != "epoch_data_wait_share"]
     table = Table(title=f"Frozen features, {demo['seeds']} seed{'s' if demo['seeds'] > 1 else ''}")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for _, heading, *_ in columns:
         table.add_column(heading, justify="right")
     for method, row in summarise(demo["results"]).items():

@@ -36,7 +36,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import dispatch, operators, reference
+from . import reference
+from .backends import dispatch, operators
 
 ROWS_PER_FEATURE = 4
 GRAD_SCALES = ("mean", "sum")

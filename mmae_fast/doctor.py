@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, dispatch
+from . import __version__
+from .backends import dispatch
 
 _PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "safetensors")
 
@@ -77,7 +78,7 @@ def main() -> None:
     console.print(ladder)
 
     if dispatch.refusal("cuda", "cuda") is None:
-        from . import cuda_backend
+        from .backends import cuda_backend
 
         table = Table(
             "operation with backend='cuda'", "compiled kernels up to min(n, d)",
@@ -112,7 +113,7 @@ def main() -> None:
         console.print(table)
 
     if dispatch.EXTENSION_ERROR is None:
-        from . import cpu_backend
+        from .backends import cpu_backend
 
         served = Table(
             "operation on CPU tensors", "served by", title_justify="left", title="Operations"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import dispatch, information_operators
+from .backends import dispatch, information_operators
 from .distributed import over_ranks
 from .ops import (
     _positive,

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import dispatch, information_operators, operators
+from .backends import dispatch, information_operators, operators
+from .backends.torch_backend import swamped
 from .distributed import Shards, over_ranks
 from .reference import accumulation_dtype
-from .torch_backend import swamped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

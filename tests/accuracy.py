@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmae_fast import fast_coding_rate, fast_gram, fast_matrix_entropy, operators, reference
+from mmae_fast import fast_coding_rate, fast_gram, fast_matrix_entropy, reference
+from mmae_fast.backends import operators
 
 BACKENDS = ("cpu", "torch")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

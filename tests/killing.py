@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from together import start, wait
 
-from mmae_fast.checkpoint import latest_checkpoint
-from mmae_fast.config import ModelConfig, PretrainConfig
-from mmae_fast.data import ImageData
+from mmae_fast.training.checkpoint import latest_checkpoint
+from mmae_fast.training.config import ModelConfig, PretrainConfig
+from mmae_fast.training.data import ImageData
 
 MODEL = ModelConfig(
     patch_size=4,

@@ -2,6 +2,7 @@
 
 A function of a test module is run as ``function(group, rank, *args)`` on the first ``world`` ranks;
 a rank that does not answer in time fails the test, and all ranks are started anew for the next one.
+Below, what the tests do with rows that are shared among ranks.
 """
 
 import multiprocessing
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+import torch.distributed as dist
 
 WORLDS = (1, 2, 3, 4)
 TIMEOUT = 100  # seconds, for machines that do other things as well
@@ -27,9 +30,6 @@ class Failure(NamedTuple):
 
 
 def _work(rank, store, pipe):
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     size = WORLDS[-1]
     dist.init_process_group(
@@ -108,3 +108,42 @@ class Ranks:
         if self.processes:
             self.folder.cleanup()
         self.processes = []
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows shared among ranks
+
+REDUCED, GATHERED = (2, 46, 5), (2, 12, 9)  # shapes of all rows: N > 4d, and not
+SHARES = {1: [1.0], 2: [0.35, 0.65], 3: [0.4, 0.0, 0.6], 4: [0.25, 0.35, 0.0, 0.4]}
+
+
+def sizes_of(n, world):
+    sizes = [round(n * share) for share in SHARES[world]]
+    sizes[-1] += n - sum(sizes)
+    assert sum(sizes) == n and min(sizes) >= 0
+    return sizes
+
+
+def cotangent(value):
+    return torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+
+
+def value_and_grads(function, views, rows):
+    views = [view.clone().requires_grad_() for view in views]
+    value = function(*views, **rows)
+    (value * cotangent(value)).sum().backward()
+    return value.detach(), [view.grad for view in views]
+
+
+def own_rows(rank, views, rows, sizes):
+    start = sum(sizes[:rank])
+    own = slice(start, start + sizes[rank])
+    return [view[..., own, :] for view in views], {k: x[..., own] for k, x in rows.items()}
+
+
+def assert_close(actual, expected, tolerance, largest, what):
+    """Within tolerance of the largest entry of the whole tensor."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
+    if expected.numel():
+        error = (actual - expected).abs().max() / largest
+        assert error <= tolerance, (what, float(error))

@@ -1,11 +1,13 @@
-"""Runs the compiled CPU backend under the compiler's sanitizers; any report is a failure.
+"""Runs the compiled kernels under the compiler's sanitizers; any report is a failure.
 
-    python tests/sanitize.py [threads] [memory] [extension]        (all three without arguments)
+    python tests/sanitize.py [threads] [cuda] [memory] [extension]        (all without arguments)
 
-threads: tests/cpu_threads with ThreadSanitizer. memory: the same with AddressSanitizer and
-UndefinedBehaviorSanitizer, every output of exactly its size. extension: mmae_fast._C with the last
-two, built as setup.py says, under the tests of the operations; torch's tensors are seen because
-libasan is loaded first. Each stage first plants an error, which has to be reported. Linux and g++.
+threads: tests/cpu_threads with ThreadSanitizer. cuda: the CUDA kernels on threads of the host
+(tests/cuda_emulation/main.cpp) with ThreadSanitizer, then without each of their barriers. memory:
+tests/cpu_threads with AddressSanitizer and UndefinedBehaviorSanitizer, every output of exactly its
+size. extension: mmae_fast._C with the last two, built as setup.py says, under the tests of the
+operations; torch's tensors are seen because libasan is loaded first. Each stage plants errors,
+which have to be reported. Linux and g++.
 """
 
 import importlib.util
@@ -19,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "sanitize"
 DRIVER = ROOT / "tests" / "cpu_threads" / "main.cpp"
+CUDA_DRIVER = ROOT / "tests" / "cuda_emulation" / "main.cpp"
 COMPILER = os.environ.get("CXX") or "g++"
 THREAD = ["-fsanitize=thread"]
 MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -34,6 +37,16 @@ TESTS = ["test_ops.py", "test_autograd.py", "test_accuracy.py", "test_fuzz.py"]
 SELECT = "not compile and not opcheck and not torch"  # "torch": the backend that is not under test
 FUZZ_CASES = "600"
 
+# Which kernels of CUDA_DRIVER need every barrier of a file of csrc/cuda, each of them alone.
+NEEDED_BY = {
+    "device.cuh": ["spectral", "packed", "jacobi"],
+    "jacobi.cuh": ["jacobi"],
+    "products.cuh": ["packed"],
+    "spectral.cuh": ["spectral"],
+    "sweep.cuh": ["spectral", "packed"],
+}
+HANGS = 600  # seconds; a thread that waits at a barrier alone waits for ever
+
 # A tensor that claims one more row than its memory has, given to a kernel.
 PLANT = """
 import numpy as np, torch, mmae_fast
@@ -44,7 +57,7 @@ mmae_fast.fast_gram(z, backend="cpu")
 """
 
 
-def run(command, quiet=False, **environment):
+def run(command, quiet=False, timeout=None, **environment):
     if not quiet:
         print("+", shlex.join(map(str, command)), flush=True)
     return subprocess.run(
@@ -54,13 +67,15 @@ def run(command, quiet=False, **environment):
         capture_output=quiet,
         text=True,
         check=False,
+        timeout=timeout,
     )
 
 
 def compile_all(folder, sources, flags):
     """Object files of the sources, all compiled at once; remade when any input has changed."""
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = [*(ROOT / "csrc").rglob("*.*"), *DRIVER.parent.glob("*.*"), *sources, Path(__file__)]
+    inputs = [*(ROOT / "csrc").rglob("*.*"), *sources, Path(__file__)]
+    inputs += [*DRIVER.parent.glob("*.*"), *CUDA_DRIVER.parent.glob("*.*")]
     newest = max(path.stat().st_mtime for path in inputs)
     running, objects = [], []
     for source in sources:
@@ -97,6 +112,45 @@ def check_driver(name, sanitizer, plant, report):
             raise SystemExit(f"{name}: failed, see above")
 
 
+def cuda_program():
+    """CUDA_DRIVER with ThreadSanitizer, compiled if need be."""
+    tests = CUDA_DRIVER.parent.parent
+    includes = [f"-I{path}" for path in (ROOT / "csrc", tests, CUDA_DRIVER.parent)]
+    flags = ["-std=c++17", "-O1", "-g", "-Wno-psabi", "-pthread", *includes, *THREAD]
+    (main,) = compile_all(BUILD / "cuda", [CUDA_DRIVER], flags)
+    program = main.with_suffix("")
+    subprocess.run([COMPILER, *THREAD, "-pthread", main, "-o", program], check=True)
+    return program
+
+
+def cuda_barriers():
+    """Of every barrier of the CUDA kernels its file and file:line."""
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if "__syncthreads();" in line:
+                yield path.name, f"{path.name}:{number}"
+
+
+def expect_race(*command):
+    result = run(command, quiet=True, timeout=HANGS)
+    output = result.stdout + result.stderr
+    if result.returncode == 0 or "data race" not in output:
+        raise SystemExit(f"no data race reported by {command}:\n{output[-3000:]}")
+
+
+def check_cuda():
+    program = cuda_program()
+    for planted in ("shuffle", "blocks"):
+        expect_race(program, planted)
+    if run([program], timeout=HANGS).returncode:
+        raise SystemExit("cuda: failed, see above")
+    barriers = list(cuda_barriers())
+    for file, where in barriers:
+        for kernel in NEEDED_BY[file]:
+            expect_race(program, kernel, f"without={where}")
+    print(f"cuda: without any of {len(barriers)} barriers a data race is reported", flush=True)
+
+
 def build_extension():
     """mmae_fast with an instrumented _C, in BUILD: the sources linked, the library compiled."""
     os.environ["MMAE_FAST_CUDA"] = "0"
@@ -113,7 +167,7 @@ def build_extension():
     package.mkdir(exist_ok=True)
     for path in package.iterdir():
         path.unlink()
-    for path in (ROOT / "mmae_fast").glob("*.py"):
+    for path in (*(ROOT / "mmae_fast").glob("*.py"), ROOT / "mmae_fast" / "backends"):
         (package / path.name).symlink_to(path)
     link = [f"-L{path}" for path in extension.library_dirs]
     link += [f"-Wl,-rpath,{path}" for path in extension.library_dirs]
@@ -153,6 +207,7 @@ def check_extension():
 
 STAGES = {
     "threads": lambda: check_driver("threads", THREAD, "MMAE_PLANT_RACE", "data race"),
+    "cuda": check_cuda,
     "memory": lambda: check_driver("memory", MEMORY, "MMAE_PLANT_OVERFLOW", "heap-buffer-overflow"),
     "extension": check_extension,
 }

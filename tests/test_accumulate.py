@@ -12,7 +12,7 @@ from mmae_fast.accumulate import accumulate_gradients
 from mmae_fast.losses import MatrixEntropyRegularizer, info_nce_loss
 
 from .accuracy import features
-from .ranks import Failure, Ranks
+from .ranks import Failure
 
 MASKS = torch.Generator()
 
@@ -188,13 +188,6 @@ def test_errors():
 
 # --------------------------------------------------------------------------------------------------
 # Several processes
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = Ranks()
-    yield started
-    started.stop()
 
 
 def accumulated_on_rank(group, rank, wrap, world, sizes):

@@ -159,6 +159,24 @@ def test_difficult_inputs(kind, q, dtype):
         check(q, z, need_grad=differentiable(q, kind, n, d, rows), **rows)
 
 
+@pytest.mark.parametrize("q", [entropy(1.0), entropy(1.5), coding_rate(1.0)], ids=name)
+@pytest.mark.parametrize("kind", ["gaussian", *KINDS])
+def test_difficult_batches(kind, q):
+    """As many as a vector has lanes and a few; to k = 256, the largest order that lanes serve."""
+    for n, d in [(4, 9), (33, 70), (70, 130), (130, 97)]:
+        check(q, features(kind, 19, n, d), need_grad=differentiable(q, kind, n, d, {}))
+    if q == entropy(1.0):
+        check(q, features(kind, 17, 256, 256))
+
+
+def test_batches_of_mixed_spectra():
+    """Lanes do not see each other: one of each kind, in one batch, as if alone."""
+    kinds = ["gaussian", *KINDS]
+    z = torch.cat([features(kind, 2, 40, 50) for kind in kinds])
+    for q in (entropy(1.0), entropy(3.5), coding_rate(1.0)):
+        check(q, z)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_difficult_inputs_in_16_bits(kind, dtype):

@@ -13,9 +13,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from mmae_fast import reference
-from mmae_fast.analyze import run_analysis
-from mmae_fast.augment import normalise
-from mmae_fast.config import (
+from mmae_fast.evaluation.analyze import run_analysis
+from mmae_fast.evaluation.config import AnalyzeConfig
+from mmae_fast.evaluation.layers import Subject, capture, find_layers
+from mmae_fast.measures import power_law, rankme, shared_information, spectral_measures, spectrum
+from mmae_fast.training.augment import normalise
+from mmae_fast.training.config import (
     LossConfig,
     ModelConfig,
     PackConfig,
@@ -23,12 +26,9 @@ from mmae_fast.config import (
     TwoBranchConfig,
     UserError,
 )
-from mmae_fast.data.packed import write_pack
-from mmae_fast.eval_config import AnalyzeConfig
-from mmae_fast.layers import Subject, capture, find_layers
-from mmae_fast.measures import power_law, rankme, shared_information, spectral_measures, spectrum
-from mmae_fast.models import build_model
-from mmae_fast.train import pretrain
+from mmae_fast.training.data.packed import write_pack
+from mmae_fast.training.models import build_model
+from mmae_fast.training.train import pretrain
 
 TIMM_VIT = "test_vit"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -234,7 +234,7 @@ def test_timm_model_with_local_weights(tmp_path):
     save_file(model.state_dict(), weights)
     found, _, _ = analyse(tmp_path, TIMM_VIT, data="digits", count=4, weights=weights)
     subject_ = Subject(model.eval(), model.forward_features, None, None, (3, 160, 160), True)
-    from mmae_fast.layers import load_images
+    from mmae_fast.evaluation.layers import load_images
 
     images = load_images(subject_, AnalyzeConfig((TIMM_VIT,), data="digits", count=4))
     assert images.shape == (4, 3, 160, 160)

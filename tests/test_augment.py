@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmae_fast import augment as augmentation
-from mmae_fast.augment import Batches, augment, epoch_order, generator, normalise
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig
-from mmae_fast.data import ImageData
+from mmae_fast.training import augment as augmentation
+from mmae_fast.training.augment import Batches, augment, epoch_order, generator, normalise
+from mmae_fast.training.config import LossConfig, ModelConfig, PretrainConfig
+from mmae_fast.training.data import ImageData
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmae_fast import cuda_backend
+from mmae_fast.backends import cuda_backend
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,7 +152,8 @@ def test_sdist_has_every_source(monkeypatch, tmp_path):
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {member.name.partition("/")[2] for member in archive}
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    assert sources and {str(path.relative_to(ROOT)) for path in sources} <= names
+    sources += (ROOT / "mmae_fast").rglob("*.py")  # pyproject.toml lists the packages
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "kernels/__init__.py"} <= names
 
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmae_fast import manifest
-from mmae_fast.checkpoint import (
+from mmae_fast.training import manifest
+from mmae_fast.training.checkpoint import (
     checkpoints,
     damage,
     find_weights,
@@ -28,12 +28,12 @@ from mmae_fast.checkpoint import (
     restore,
     save_checkpoint,
 )
-from mmae_fast.config import ModelConfig, PretrainConfig, UserError, to_dict
-from mmae_fast.data import ImageData
-from mmae_fast.launch import World
-from mmae_fast.models import build_model
-from mmae_fast.runs import read_metrics
-from mmae_fast.train import pretrain
+from mmae_fast.training.config import ModelConfig, PretrainConfig, UserError, to_dict
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.launch import World
+from mmae_fast.training.models import build_model
+from mmae_fast.training.runs import read_metrics
+from mmae_fast.training.train import pretrain
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmae_fast import cli, demo
-from mmae_fast.config import DemoConfig, ModelConfig
+from mmae_fast.training.config import DemoConfig, ModelConfig
 
 pytest.importorskip("sklearn")
 SMALL = ["--model.patch-size", "2", "--model.embed-dim", "16", "--model.depth", "1"]
@@ -131,9 +131,9 @@ def test_from_images_to_a_model_of_timm(tmp_path, capsys):
     """The whole way: pretrain, probe, kNN, fine-tune, export, and the same features in timm."""
     import torch
 
-    from mmae_fast.checkpoint import load_model
-    from mmae_fast.config import DataConfig
-    from mmae_fast.data import load_data
+    from mmae_fast.training.checkpoint import load_model
+    from mmae_fast.training.config import DataConfig
+    from mmae_fast.training.data import load_data
 
     run, tuned = tmp_path / "run", tmp_path / "tuned"
     pretrain(run)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mmae_fast import cli
-from mmae_fast.compare import group, read
+from mmae_fast.evaluation.compare import group, read
 
 pytest.importorskip("sklearn")
 SMALL = ["--model.patch-size", "2", "--model.embed-dim", "16", "--model.depth", "1"]

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from mmae_fast import cuda_backend, dispatch, reference
+from mmae_fast import reference
+from mmae_fast.backends import cuda_backend, dispatch
 
 from .accuracy import coding_rate, entropy, features, gram
 from .cuda_emulation.harness import check, emulated, emulator, needs_emulator  # noqa: F401

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torchvision.io import encode_jpeg, write_jpeg, write_png
 
-from mmae_fast.config import DataConfig, UserError
-from mmae_fast.data import (
+from mmae_fast.training.config import DataConfig, UserError
+from mmae_fast.training.data import (
     ImageData,
     Unavailable,
     builtin,

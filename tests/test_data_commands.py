@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from mmae_fast import cli
-from mmae_fast.config import DataConfig, from_dict, to_dict
-from mmae_fast.data import load_data
-from mmae_fast.eval_config import AnalyzeConfig
-from mmae_fast.layers import load_images, open_checkpoint
+from mmae_fast.evaluation.config import AnalyzeConfig
+from mmae_fast.evaluation.layers import load_images, open_checkpoint
+from mmae_fast.training.config import DataConfig, from_dict, to_dict
+from mmae_fast.training.data import load_data
 
 
 def test_sizes_survive_json():

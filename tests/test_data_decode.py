@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmae_fast.config import DataConfig, PackConfig, UserError
-from mmae_fast.data import decode as decoding
-from mmae_fast.data import load_data, reading
-from mmae_fast.data.decode import Spec, Undecodable, decode
-from mmae_fast.data.packed import open_pack, write_pack
-from mmae_fast.data.sources import open_source
+from mmae_fast.training.config import DataConfig, PackConfig, UserError
+from mmae_fast.training.data import decode as decoding
+from mmae_fast.training.data import load_data, reading
+from mmae_fast.training.data.decode import Spec, Undecodable, decode
+from mmae_fast.training.data.packed import open_pack, write_pack
+from mmae_fast.training.data.sources import open_source
 
 RGB8 = Spec((8, 8), 3, True)
 GREY8 = Spec((8, 8), 1, True)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mmae_fast.config import DataConfig, PackConfig, UserError
-from mmae_fast.data import load_data, packed
-from mmae_fast.data.packed import open_pack, read_manifest, verify_pack, write_pack
+from mmae_fast.training.config import DataConfig, PackConfig, UserError
+from mmae_fast.training.data import load_data, packed
+from mmae_fast.training.data.packed import open_pack, read_manifest, verify_pack, write_pack
 
 
 def image_folder(root, count=10, size=(8, 12)):
@@ -212,8 +212,8 @@ def test_killed_packs_go_on(tmp_path, config, source):
     code = (
         "import os, sys, threading, time\n"
         "from pathlib import Path\n"
-        "from mmae_fast.config import PackConfig\n"
-        "from mmae_fast.data import packed\n"
+        "from mmae_fast.training.config import PackConfig\n"
+        "from mmae_fast.training.data import packed\n"
         f"packed.BLOCK_BYTES = {3 * 8 * 12 * 7}\n"
         "append = packed._append\n"
         "def dying(*args):\n"
@@ -316,9 +316,9 @@ def test_a_pack_larger_than_the_memory(tmp_path):
     code = (
         "import sys, torch, resource\n"
         "from pathlib import Path\n"
-        "from mmae_fast.augment import Batches\n"
-        "from mmae_fast.config import PretrainConfig\n"
-        "from mmae_fast.data.packed import open_pack\n"
+        "from mmae_fast.training.augment import Batches\n"
+        "from mmae_fast.training.config import PretrainConfig\n"
+        "from mmae_fast.training.data.packed import open_pack\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "data = open_pack(Path(sys.argv[1]))\n"
         "mean, std = map(torch.tensor, data.stats())\n"
@@ -334,7 +334,7 @@ def test_a_pack_larger_than_the_memory(tmp_path):
 def test_packing_needs_memory_for_a_block_only(monkeypatch, tmp_path, source):
     """Few decoded images wait for the writer, however many there are."""
     waiting, most = 0, 0
-    from mmae_fast.data import reading
+    from mmae_fast.training.data import reading
 
     decode = reading.decode
 

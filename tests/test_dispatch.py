@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmae_fast import dispatch, fast_coding_rate
-from mmae_fast.dispatch import BACKENDS, UNMEASURED, module, refusal, select_backend
+from mmae_fast import fast_coding_rate
+from mmae_fast.backends import dispatch
+from mmae_fast.backends.dispatch import BACKENDS, UNMEASURED, module, refusal, select_backend
 
 ACCURACY = Path(__file__).parent / "accuracy.py"
 

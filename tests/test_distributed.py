@@ -7,14 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from mmae_fast import (
-    dispatch,
-    distributed,
     effective_rank,
     fast_coding_rate,
     fast_gram,
@@ -25,7 +22,17 @@ from mmae_fast import (
 )
 
 from .accuracy import coding_rate, entropy, expected, features, run
-from .ranks import WORLDS, Failure, Ranks
+from .ranks import (
+    GATHERED,
+    REDUCED,
+    WORLDS,
+    Failure,
+    assert_close,
+    cotangent,
+    own_rows,
+    sizes_of,
+    value_and_grads,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -66,22 +73,6 @@ KINDS = {
 ALL = ONE_VIEW | LOSSES | TWO_VIEWS | {"coding_rate_reduction": losses.coding_rate_reduction}
 
 ROWS = [{}, {"center": True}, {"normalize": False}, {"normalize": False, "center": True}]
-REDUCED, GATHERED = (2, 46, 5), (2, 12, 9)  # shapes of all rows: N > 4d, and not
-SHARES = {1: [1.0], 2: [0.35, 0.65], 3: [0.4, 0.0, 0.6], 4: [0.25, 0.35, 0.0, 0.4]}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = Ranks()
-    yield started
-    started.stop()
-
-
-def sizes_of(n, world):
-    sizes = [round(n * share) for share in SHARES[world]]
-    sizes[-1] += n - sum(sizes)
-    assert sum(sizes) == n and min(sizes) >= 0
-    return sizes
 
 
 def inputs(name, shape):
@@ -93,17 +84,6 @@ def inputs(name, shape):
     return views[: 2 if name in TWO_VIEWS else 1], rows
 
 
-def cotangent(value):
-    return torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
-
-
-def value_and_grads(function, views, rows):
-    views = [view.clone().requires_grad_() for view in views]
-    value = function(*views, **rows)
-    (value * cotangent(value)).sum().backward()
-    return value.detach(), [view.grad for view in views]
-
-
 def call_of(name, options, group=None, grad_scale="mean"):
     shared = {"process_group": group, "grad_scale": grad_scale}
     if name in KINDS:
@@ -111,23 +91,9 @@ def call_of(name, options, group=None, grad_scale="mean"):
     return partial(ALL[name], **options, **shared)
 
 
-def own_rows(rank, views, rows, sizes):
-    start = sum(sizes[:rank])
-    own = slice(start, start + sizes[rank])
-    return [view[..., own, :] for view in views], {k: x[..., own] for k, x in rows.items()}
-
-
 def on_rank(group, rank, name, options, views, rows, sizes, grad_scale):
     views, rows = own_rows(rank, views, rows, sizes)
     return value_and_grads(call_of(name, options, group, grad_scale), views, rows)
-
-
-def assert_close(actual, expected, tolerance, largest, what):
-    """Within tolerance of the largest entry of the whole tensor."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
-    if expected.numel():
-        error = (actual - expected).abs().max() / largest
-        assert error <= tolerance, (what, float(error))
 
 
 def check(ranks, name, options, shape, grad_scale="mean", tolerance=1e-9, singular=False):
@@ -218,146 +184,6 @@ def accuracy_on_rank(group, rank, q, center, z, grad_out, sizes):
     (own,), _ = own_rows(rank, [z], {}, sizes)
     with torch.autocast("cpu", torch.bfloat16):
         return run(lambda z: q.fast(z, "auto", center=center, process_group=group), own, grad_out)
-
-
-# --------------------------------------------------------------------------------------------------
-# What is communicated
-
-
-def count_on_rank(group, rank, z, sizes):
-    """Bytes that this rank puts into collectives: forward pass of a value, then backward."""
-    (own,), _ = own_rows(rank, [z], {}, sizes)
-    own.requires_grad_()
-    positions = {"all_reduce": 0, "all_gather": 1, "gather": 0, "broadcast": 0}
-    sent = dict.fromkeys(positions, 0)
-
-    def counted(name, position):
-        original = getattr(dist, name)
-
-        def collective(*args, **kwargs):
-            tensor = args[position]
-            sent[name] += tensor.numel() * tensor.element_size()
-            return original(*args, **kwargs)
-
-        return collective
-
-    originals = {name: getattr(dist, name) for name in sent}
-    for name, position in positions.items():
-        setattr(dist, name, counted(name, position))
-    try:
-        value = fast_coding_rate(own, 1.0, process_group=group)
-        forward = dict(sent)
-        value.sum().backward()
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-    return forward, {name: sent[name] - forward[name] for name in sent}
-
-
-AGREEMENT = {"gather": 16, "broadcast": 32}  # bytes, of two ranks
-SILENCE = dict.fromkeys(("all_reduce", "all_gather", *AGREEMENT), 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_route(ranks, dtype):
-    """N = 4d gathers rows in their own dtype, one row more reduces the float32 Gram matrix."""
-    d = 6
-    for n, forward in [
-        (4 * d, {"all_gather": 2 * d * d * dtype.itemsize}),
-        (4 * d + 1, {"all_reduce": 4 * d * d}),
-    ]:
-        z = features("gaussian", n, d, dtype=dtype)
-        for sent in ranks(count_on_rank, 2, z, [2 * d, n - 2 * d]):
-            assert sent == (SILENCE | AGREEMENT | forward, SILENCE)
-
-
-def routes_on_rank(group, rank, center, z, sizes):
-    (own,), _ = own_rows(rank, [z], {}, sizes)
-    results = []
-    default = distributed.ROWS_PER_FEATURE
-    for limit in (0, 10**9):
-        distributed.ROWS_PER_FEATURE = limit
-        function = partial(fast_matrix_entropy, center=center, process_group=group)
-        results.append(value_and_grads(function, [own], {}))
-    distributed.ROWS_PER_FEATURE = default
-    return results
-
-
-@pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("kind", ["collapsed", "decaying", "zero rows"])
-def test_routes_agree_on_hard_features(ranks, kind, center):
-    """Nearly collapsed ones above all: centred by the ranks' means, nothing cancels."""
-    z = features(kind, 30, 6, dtype=torch.float64)
-    for (value, (grad,)), (expected_value, (expected_grad,)) in ranks(
-        routes_on_rank, 3, center, z, [10, 0, 20]
-    ):
-        torch.testing.assert_close(value, expected_value, rtol=1e-9, atol=0)
-        largest = expected_grad.abs().max() if expected_grad.numel() else 1
-        assert_close(grad, expected_grad, 1e-6, largest, kind)
-
-
-def strided_on_rank(group, rank, z, sizes):
-    (own,), _ = own_rows(rank, [z], {}, sizes)
-    wide = torch.stack([own, own], -1).flatten(-2)
-    results = []
-    for x in (own, own.mT.contiguous().mT, wide[..., ::2]):
-        results.append(value_and_grads(partial(fast_gram, process_group=group), [x], {}))
-    return results
-
-
-@pytest.mark.parametrize("shape", [(3, 1), (2, 5, 1), (2, 5, 4), (2, 20, 4)], ids=str)
-def test_any_strides(ranks, shape):
-    """A single number may have any stride and be contiguous."""
-    z = features("gaussian", *shape, dtype=torch.float64)
-    for first, *others in ranks(strided_on_rank, 2, z, [1, shape[-2] - 1]):
-        for other in others:
-            torch.testing.assert_close(other, first)
-
-
-def empty_on_rank(group, rank, shape):
-    z = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-    value = fast_matrix_entropy(z, process_group=group)
-    value.sum().backward()
-    rate = fast_coding_rate(z, 1.0, center=True, process_group=group)
-    return value.detach(), rate.detach(), z.grad
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 4, 3), (4, 0), (40, 3)])
-def test_nothing_and_zeros(ranks, shape):
-    zero = torch.zeros(shape[:-2], dtype=torch.float64)
-    for value, rate, grad in ranks(empty_on_rank, 2, shape):
-        assert torch.equal(value, zero) and torch.equal(rate, zero)
-        assert grad.shape == shape and not grad.any()
-
-
-def poisoned_on_rank(group, rank, shape, bad):
-    z = features("gaussian", *shape, seed=rank)
-    if rank == 1:
-        z[0, 0, 0] = bad
-    z.requires_grad_()
-    value = fast_matrix_entropy(z, normalize=False, process_group=group)
-    value.sum().backward()
-    return value.detach(), z.grad
-
-
-@pytest.mark.parametrize("shape", [(2, 20, 4), (2, 3, 4)], ids=["reduced", "gathered"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_of_one_rank_is_the_nan_of_all(ranks, bad, shape):
-    for value, grad in ranks(poisoned_on_rank, 2, shape, bad):
-        assert value.isnan().tolist() == [True, False]
-        assert grad[0].isnan().all() and grad[1].isfinite().all()
-
-
-def scaled_on_rank(group, rank, scale):
-    z = features("gaussian", 20, 4, seed=rank) * scale
-    return fast_matrix_entropy(z, 2.0, normalize=False, process_group=group)
-
-
-def test_entropy_does_not_depend_on_the_scale(ranks):
-    expected_value = ranks(scaled_on_rank, 2, 1.0)[0]
-    for scale in (1e-25, 1e25):
-        for value in ranks(scaled_on_rank, 2, scale):
-            torch.testing.assert_close(value, expected_value, rtol=1e-6, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,167 +301,3 @@ def transformed_on_rank(group, rank):
 def test_no_transforms(ranks):
     for failure in ranks(transformed_on_rank, 2):
         assert failure.kind == "NotImplementedError" and "torch.func" in failure.message
-
-
-# --------------------------------------------------------------------------------------------------
-# One rank's mistake is every rank's error
-
-Z = features("gaussian", 7, 4)
-MISTAKES = {
-    "width": lambda call: call(features("gaussian", 7, 5)),
-    "dtype": lambda call: call(Z.double()),
-    "batch": lambda call: call(Z[None]),
-    "one dimension": lambda call: call(Z[0]),
-    "no tensor": lambda call: call([[1.0]]),
-    "alpha": lambda call: call(Z, alpha=2.0),
-    "wrong alpha": lambda call: call(Z, alpha=-1.0),
-    "option": lambda call: call(Z, center=True),
-    "mask": lambda call: call(Z, mask=torch.ones(7, dtype=torch.bool)),
-    "unknown option": lambda call: call(Z, colour="red"),
-    "no argument": lambda call: call(),
-    "grad_scale": lambda call: call(Z, grad_scale="sum"),
-    "transform": lambda call: torch.vmap(call)(Z[None]),
-    "another function": lambda call: effective_rank(
-        Z, center=True, process_group=call.keywords["process_group"]
-    ),
-    "another loss": lambda call: losses.tcr_loss(Z, process_group=call.keywords["process_group"]),
-}
-
-
-def mistaken_on_rank(group, rank, mistake):
-    call = partial(fast_matrix_entropy, process_group=group)
-    if rank == 1:
-        return MISTAKES[mistake](call)
-    return call(features("gaussian", 3 + rank, 4))
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_of_one_rank_ends_all(ranks, mistake):
-    failures = ranks(mistaken_on_rank, 3, mistake)
-    assert {failure.kind for failure in failures} == {"ValueError"}
-    assert len(set(failures)) == 1
-    message = failures[0].message
-    assert "the ranks of process_group must differ in the number of rows n only" in message
-    right = (
-        "rank 0 (n = 3), 2 (n = 5): fast_matrix_entropy(z=torch.float32 torch.strided cpu [n, 4]"
-    )
-    assert right in message
-    assert message.count("\n  rank") == 2 and "\n  rank 1 (n = " in message
-
-
-def without_extension_on_rank(group, rank):
-    """As where one node's installation has no compiled backend."""
-    before = dispatch.EXTENSION_ERROR
-    dispatch.EXTENSION_ERROR = "no such file" if rank == 1 else None
-    try:
-        return fast_coding_rate(Z, 1.0, backend="cpu", process_group=group)
-    finally:
-        dispatch.EXTENSION_ERROR = before
-
-
-def test_a_backend_missing_on_one_rank_ends_all(ranks):
-    for failure in ranks(without_extension_on_rank, 2):
-        assert failure.kind == "ValueError"
-        assert "rank 1 (n = 7): " in failure.message
-        assert failure.message.endswith("grad_scale='mean', no such file)")
-
-
-def wrong_on_rank(group, rank, which):
-    if which == "sparse":
-        fast_coding_rate(torch.eye(3).to_sparse(), 1.0, process_group=group)
-    elif which == "int":
-        fast_coding_rate(torch.ones(3, 4, dtype=torch.int64), 1.0, process_group=group)
-    elif which == "alpha":
-        fast_matrix_entropy(torch.ones(30, 4), -1.0, process_group=group)
-    elif which == "mask":
-        mask = torch.ones(2, dtype=torch.bool)
-        fast_matrix_entropy(torch.ones(30, 4), mask=mask, process_group=group)
-    elif which == "side":
-        fast_gram(torch.ones(30, 4), side="left", process_group=group)
-    elif which == "grad_scale":
-        losses.tcr_loss(torch.ones(30, 4), process_group=group, grad_scale="average")
-    elif which == "from_gram":
-        eye = torch.eye(4)
-        information.joint_entropy(eye, eye, from_gram=True, process_group=group)
-    elif which == "patches":
-        losses.emp_ssl_tcr(torch.ones(30, 4), process_group=group)
-    elif which == "group":
-        fast_gram(torch.ones(3, 4), process_group="world")
-    elif which == "not a member":
-        other = dist.new_group([1 - rank], use_local_synchronization=True)
-        return str(other), fast_gram(
-            torch.ones(3, 4), process_group=dist.GroupMember.NON_GROUP_MEMBER
-        )
-
-
-@pytest.mark.parametrize(
-    ("which", "kind", "message"),
-    [
-        ("sparse", "TypeError", "z must be a dense (strided) tensor, got layout torch.sparse_coo"),
-        ("int", "TypeError", "z must be float32, float64, bfloat16 or float16, got torch.int64"),
-        ("alpha", "ValueError", "alpha must be > 0, got -1.0"),
-        ("mask", "ValueError", "mask must have z's shape without its last dimension, (30,), got"),
-        ("side", "ValueError", "side must be one of ('auto', 'samples', 'features'), got 'left'"),
-        ("grad_scale", "ValueError", "grad_scale must be one of ('mean', 'sum'), got 'average'"),
-        ("from_gram", "ValueError", "process_group is not defined for from_gram=True"),
-        ("patches", "ValueError", "z must have shape (..., patches, n, d), got (30, 4)"),
-        ("group", "TypeError", "torch.distributed.ProcessGroup (or None), got str 'world'"),
-        ("not a member", "ValueError", "this rank is not a member of process_group"),
-    ],
-)
-def test_a_mistake_of_all_ranks(ranks, which, kind, message):
-    for failure in ranks(wrong_on_rank, 2, which):
-        assert failure.kind == kind and message in failure.message
-
-
-def test_without_init_process_group():
-    with pytest.raises(RuntimeError, match=r"needs torch.distributed.init_process_group\(\) first"):
-        fast_matrix_entropy(Z, process_group="world")
-
-
-def test_grad_scale_is_checked_without_a_group():
-    with pytest.raises(ValueError, match=r"grad_scale must be one of .*, got 'avg'"):
-        fast_matrix_entropy(Z, grad_scale="avg")
-
-
-NCCL = pytest.param(
-    "nccl",
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ],
-)
-
-
-@pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), NCCL])
-@pytest.mark.parametrize("shape", [REDUCED, GATHERED], ids=["reduced", "gathered"])
-def test_backend_of_the_group(backend, device, shape):
-    """All that NCCL can be asked on one GPU: a group of one rank, through every collective."""
-    store = dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
-        z = features("gaussian", *shape, dtype=torch.float64).to(device)
-        for center in (False, True):
-            function = partial(fast_matrix_entropy, center=center, normalize=False)
-            one = value_and_grads(function, [z], {})
-            shared = value_and_grads(partial(function, process_group=dist.group.WORLD), [z], {})
-            torch.testing.assert_close(shared, one, rtol=1e-9, atol=1e-12)
-    finally:
-        dist.destroy_process_group()
-
-
-def control_on_rank(group, rank):
-    """As with a backend that carries no CPU tensors."""
-    original = dist.get_backend_config
-    dist.get_backend_config = lambda group: "cuda:nccl"
-    try:
-        first, second = (distributed._control_group(group) for _ in range(2))
-    finally:
-        dist.get_backend_config = original
-    same = dist.get_process_group_ranks(first) == dist.get_process_group_ranks(group)
-    return first is second, first is not group, same, distributed._control_group(group) is group
-
-
-def test_a_group_without_cpu_gets_one_that_has(ranks):
-    assert ranks(control_on_rank, 3) == [(True, True, True, True)] * 3

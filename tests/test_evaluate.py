@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from mmae_fast import effective_rank
-from mmae_fast.config import UserError
-from mmae_fast.data import ImageData
-from mmae_fast.eval_config import ProbeConfig
-from mmae_fast.evaluate import extract, raw_pixels, reconstructions
+from mmae_fast.evaluation.config import ProbeConfig
+from mmae_fast.evaluation.evaluate import extract, raw_pixels
+from mmae_fast.evaluation.probes import Features, knn, lars, lars_probe, lbfgs_probe
 from mmae_fast.measures import spectrum
-from mmae_fast.models import MaskedAutoencoder
-from mmae_fast.probes import Features, knn, lars, lars_probe, lbfgs_probe
+from mmae_fast.training.config import UserError
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.models import MaskedAutoencoder
+from mmae_fast.training.reconstruct import reconstructions
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -10,12 +10,19 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mmae_fast.checkpoint import save_checkpoint
-from mmae_fast.config import DataConfig, LossConfig, ModelConfig, PretrainConfig, UserError, to_dict
-from mmae_fast.eval_config import ExportConfig
-from mmae_fast.export import export, hf_names, hf_state, timm_model, timm_state
-from mmae_fast.launch import World
-from mmae_fast.models import MaskedAutoencoder, build_model
+from mmae_fast.evaluation.config import ExportConfig
+from mmae_fast.evaluation.export import export, hf_names, hf_state, timm_model, timm_state
+from mmae_fast.training.checkpoint import save_checkpoint
+from mmae_fast.training.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    PretrainConfig,
+    UserError,
+    to_dict,
+)
+from mmae_fast.training.launch import World
+from mmae_fast.training.models import MaskedAutoencoder, build_model
 
 ALONE = World(torch.device("cpu"))
 SMALL = ModelConfig(

@@ -14,9 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from mmae_fast.augment import epoch_order, normalise
-from mmae_fast.checkpoint import find_weights, save_checkpoint
-from mmae_fast.classifier import (
+from mmae_fast.evaluation.classifier import (
     LabelledBatches,
     build_classifier,
     build_optimizer,
@@ -24,16 +22,18 @@ from mmae_fast.classifier import (
     seed_all,
     smooth,
 )
-from mmae_fast.config import DataConfig, ModelConfig, PretrainConfig, UserError, to_dict
-from mmae_fast.data import load_data
-from mmae_fast.eval_config import FINETUNE_RECIPES, ExportConfig, FinetuneConfig, ProbeConfig
-from mmae_fast.evaluate import open_run, probe
-from mmae_fast.export import encoder_options, export
-from mmae_fast.finetune import finetune
-from mmae_fast.launch import World
-from mmae_fast.models import MaskedAutoencoder, VisionTransformer, build_model
-from mmae_fast.runs import read_metrics
-from mmae_fast.train import Interrupted
+from mmae_fast.evaluation.config import FINETUNE_RECIPES, ExportConfig, FinetuneConfig, ProbeConfig
+from mmae_fast.evaluation.evaluate import open_run, probe
+from mmae_fast.evaluation.export import encoder_options, export
+from mmae_fast.evaluation.finetune import finetune
+from mmae_fast.training.augment import epoch_order, normalise
+from mmae_fast.training.checkpoint import find_weights, save_checkpoint
+from mmae_fast.training.config import DataConfig, ModelConfig, PretrainConfig, UserError, to_dict
+from mmae_fast.training.data import load_data
+from mmae_fast.training.launch import World
+from mmae_fast.training.models import MaskedAutoencoder, VisionTransformer, build_model
+from mmae_fast.training.runs import read_metrics
+from mmae_fast.training.train import Interrupted
 
 ALONE = World(torch.device("cpu"))
 pytest.importorskip("sklearn")
@@ -383,7 +383,7 @@ def test_photos_for_a_model_of_small_grey_images(encoder, tmp_path):
 
 
 def test_only_vision_transformers(tmp_path):
-    from mmae_fast.config import LossConfig, TwoBranchConfig
+    from mmae_fast.training.config import LossConfig, TwoBranchConfig
 
     pytest.importorskip("torchvision")
     config = PretrainConfig(

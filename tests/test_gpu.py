@@ -9,14 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from mmae_fast import (
-    cuda_backend,
-    dispatch,
-    fast_coding_rate,
-    fast_gram,
-    fast_matrix_entropy,
-    reference,
-)
+from mmae_fast import fast_coding_rate, fast_gram, fast_matrix_entropy, reference
+from mmae_fast.backends import cuda_backend, dispatch
 
 from .accuracy import (
     Quantity,

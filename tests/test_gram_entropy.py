@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmae_fast import reference
-from mmae_fast.dispatch import module
+from mmae_fast.backends.dispatch import module
 
 from .accuracy import BACKENDS, entropy, expected, features, largest
 

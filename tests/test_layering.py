@@ -1,6 +1,7 @@
 """Who may import whom, and what an import may not do. Read from the sources, not from a promise."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -12,133 +13,145 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mmae_fast"
 KERNELS = ROOT / "kernels"
 
-# From the bottom up; a module imports from lower layers only. Modules of one layer may not import
-# each other, but for the pairs of SAME_LAYER.
-LAYERS = [
-    {"reference", "factor", "eager"},
-    {"rows", "rational"},
-    {"kernels", "_C", "torch_backend"},
-    {"cpu_backend", "cuda_backend", "triton_backend"},
-    {"dispatch"},
-    {"operators"},
-    {"information_operators", "distributed"},
-    {"ops"},
-    {"information"},
-]
-# Above the operators: the training side, which must be reachable from none of them.
-CORE = set().union(*LAYERS)
-DRIVERS = ["train", "cli"]
+# From the bottom up; a module imports from the lines above its own only, at its top or inside of a
+# function. Rooms follow one another: backends, the functions at the top of the package, training,
+# evaluation, the commands. A new module takes its place here.
+LAYERS = """
+reference eager kernels _C
+backends.factor
+backends.rational backends.rows
+backends.torch_backend
+backends.cpu_backend backends.cuda_backend backends.triton_backend
+backends.dispatch
+backends.operators
+backends.information_operators
+distributed
+ops
+information
+mmae_fast
+two_branch coding_rates measures monitor accumulate
+losses theory
+
+training.config training.manifest training.progress training.batch_norm
+training.recipes training.models training.augment training.launch training.runs
+training.data.images training.data.decode
+training.data.sources training.data.builtin
+training.data.reading
+training.data.packed
+training.data
+training.objective training.checkpoint training.logbook training.reconstruct
+training.step training.watch
+training.train
+
+evaluation.config
+evaluation.page evaluation.probes evaluation.published
+evaluation.report evaluation.evaluate evaluation.export evaluation.layers
+evaluation.plots evaluation.classifier evaluation.compare
+evaluation.analyze evaluation.finetune
+
+demo doctor
+cli
+"""
+LEVEL = {name: level for level, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 
 
 def modules():
-    """Files of the package, and the packages in it, each as one module."""
-    files = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    return files | {path.parent.name: path.parent for path in PACKAGE.glob("*/__init__.py")}
+    """Files of the package by name; the package itself is what it offers, ``mmae_fast``."""
+    files = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        files[".".join(part for part in parts if part != "__init__") or "mmae_fast"] = path
+    return files
 
 
+def within(name):
+    """The module of the package that a dotted name is of, without the package's own name."""
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in LEVEL:
+        parts.pop()
+    return ".".join(parts) or "mmae_fast"
+
+
+@functools.cache
 def imports(path):
-    """Names of the package's modules and of top-level packages that a file imports anywhere."""
+    """Names of the package's modules and of other top-level packages that a file imports."""
     inside, outside = set(), set()
-    if path.is_dir():
-        found = [imports(file) for file in path.glob("*.py")]
-        inside, outside = (set().union(*names) for names in zip(*found, strict=True))
-        return inside - {path.name}, outside
+    package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            base = [node.module] if node.module else [alias.name for alias in node.names]
-            names = [f"mmae_fast.{name}" for name in base]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
-            if node.module == "mmae_fast":
-                names = [f"mmae_fast.{alias.name}" for alias in node.names]
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
-            first, *rest = name.split(".")
-            if first == "mmae_fast" and rest:
-                inside.add(rest[0])
+            first = name.split(".")[0]
+            if first == "mmae_fast":
+                inside.add(within(name))
             else:
                 outside.add(first)
-    return inside, outside - {"mmae_fast"}
+    return inside, outside - set(sys.stdlib_module_names)
 
 
-def layer(name):
-    return next(i for i, names in enumerate(LAYERS) if name in names)
+def importers(name):
+    """Modules that import this one, or one in it."""
+    found = {module: imports(path)[0] for module, path in modules().items()}
+    return {m for m, inside in found.items() if any(f"{i}.".startswith(f"{name}.") for i in inside)}
 
 
 def test_the_parser_sees_imports():
-    inside, outside = imports(PACKAGE / "torch_backend.py")
-    assert "reference" in inside and "torch" in outside
+    backends, data = PACKAGE / "backends", PACKAGE / "training" / "data"
+    assert imports(backends / "torch_backend.py")[1] == {"torch"}
+    assert {"reference", "backends.rows"} <= imports(backends / "torch_backend.py")[0]
+    assert {"_C", "backends.torch_backend"} == imports(backends / "cpu_backend.py")[0]
+    assert {"training.data.images", "training.config"} <= imports(data / "packed.py")[0]
+    assert "training.train" in imports(PACKAGE / "cli.py")[0]
 
 
-@pytest.mark.parametrize("name", sorted(CORE & set(modules())))
-def test_core_imports_downwards(name):
-    inside, outside = imports(modules()[name])
-    allowed = set().union(*LAYERS[: layer(name)])
-    assert inside <= allowed, f"{name} imports {inside - allowed} from its own layer or above"
-    third_party = outside - set(sys.stdlib_module_names)
-    assert third_party <= {"torch"}, f"{name} imports {third_party}"
+def test_every_module_has_its_place():
+    rooms = {"backends", "training", "evaluation"}
+    assert set(modules()) - rooms == set(LEVEL) - {"kernels", "_C"}
+    for room in rooms:
+        assert imports(modules()[room]) == (set(), set()), (
+            f"{room} is imported by each of its files"
+        )
 
 
-def test_everything_else_is_above_the_operators():
-    others = set(modules()) - CORE - {"doctor"}  # doctor reports on the installation, backends too
-    assert {"losses", "models", "data", "train"} <= others
-    for name in others:
-        inside, _ = imports(modules()[name])
-        # The public functions are the door: nobody reaches past them to backends and kernels.
-        hidden = CORE - {"ops", "distributed", "information", "reference", "dispatch"}
-        assert not inside & hidden, f"{name} imports {inside & hidden}"
+@pytest.mark.parametrize("name", sorted(set(modules()) & set(LEVEL) - {"mmae_fast"}))
+def test_imports_go_down(name):
+    inside, _ = imports(modules()[name])
+    up = {other for other in inside if LEVEL[other] >= LEVEL[name]}
+    assert not up, f"{name} imports {up} from its own layer or above"
 
 
-def test_nothing_imports_the_drivers():
-    """cli on top, train below it; models, data and losses know neither."""
-    for name, path in modules().items():
-        inside, _ = imports(path)
-        if name != "cli":
-            assert "cli" not in inside, f"{name} imports cli"
-    for name in ("losses", "models", "data"):
-        inside, _ = imports(modules()[name])
-        assert not inside & set(DRIVERS), f"{name} imports {inside & set(DRIVERS)}"
+def test_public_functions_are_the_door():
+    """Nobody reaches past them to backends and kernels, but the command that reports on these."""
+    outer = {name for name in importers("backends") if not name.startswith("backends.")}
+    assert outer == {"ops", "information", "distributed", "doctor"}
+    assert importers("kernels") == {"backends.triton_backend", "doctor"}
+    assert importers("_C") == {"backends.cpu_backend"}
 
 
-def test_evaluation_knows_no_training():
-    """What is done with a frozen encoder; fine-tuning and comparing runs are above training."""
-    for name in ("published", "probes", "evaluate", "export", "classifier", "page", "report"):
-        inside, _ = imports(modules()[name])
-        above = {"train", "step", "finetune", "compare", "demo", "cli"}
-        assert not inside & above, f"{name} imports {inside & above}"
+def test_functions_need_torch_only():
+    """Everything below training, and so whoever takes the functions into a program of their own."""
+    functions = {name for name in LEVEL if LEVEL[name] < LEVEL["training.config"]}
+    for name in functions & set(modules()):
+        assert imports(modules()[name])[1] <= {"torch"}, name
 
 
-def test_the_rooms_of_training():
-    """train is the loop on top; each room below knows those before it."""
-    order = ["manifest", "launch", "runs", "objective", "step", "checkpoint", "logbook", "train"]
-    for place, name in enumerate(order):
-        inside, _ = imports(modules()[name])
-        assert not inside & set(order[place:]), f"{name} imports {inside & set(order[place:])}"
-        assert not inside & {"demo", "compare", "finetune", "cli"}, name
+def test_only_fine_tuning_and_the_demonstration_train():
+    """Everything else is done with what a training left."""
+    for name in ("train", "step", "objective", "logbook"):
+        above = {m for m in importers(f"training.{name}") if not m.startswith("training.")}
+        assert above <= {"evaluation.finetune", "demo", "cli"}, f"{above} import {name}"
 
 
 def test_configurations_need_the_standard_library_only():
-    for name in ("config", "eval_config", "recipes"):
+    for name in ("training.config", "evaluation.config", "training.recipes"):
         inside, outside = imports(modules()[name])
-        assert inside <= {"config"} and outside <= set(sys.stdlib_module_names), name
-
-
-def test_no_import_cycles():
-    graph = {name: imports(path)[0] & set(modules()) for name, path in modules().items()}
-    done = set()
-
-    def visit(name, path):
-        assert name not in path, " -> ".join([*path, name])
-        if name not in done:
-            for other in graph[name]:
-                visit(other, [*path, name])
-            done.add(name)
-
-    for name in graph:
-        visit(name, [])
+        assert inside <= {"training.config"} and not outside, name
 
 
 def test_kernels_know_torch_and_triton_only():
@@ -146,8 +159,7 @@ def test_kernels_know_torch_and_triton_only():
     assert files, "kernels/ has moved: this test looks at nothing"
     for path in files:
         inside, outside = imports(path)
-        assert inside <= {"kernels", *(file.stem for file in files)}
-        assert outside - set(sys.stdlib_module_names) <= {"torch", "triton"}
+        assert not inside and outside <= {"torch", "triton", "kernels"}
 
 
 def test_kernels_include_no_torch_and_no_python():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmae_fast.models import MaskedAutoencoder, random_masking, sincos_2d
+from mmae_fast.training.models import MaskedAutoencoder, random_masking, sincos_2d
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mmae_fast import cli
-from mmae_fast.checkpoint import save_checkpoint
-from mmae_fast.config import UserError
-from mmae_fast.eval_config import PublishedConfig
-from mmae_fast.launch import World
-from mmae_fast.models import MaskedAutoencoder, VisionTransformer
-from mmae_fast.published import open_model, read_pickle
+from mmae_fast.evaluation.config import PublishedConfig
+from mmae_fast.evaluation.published import open_model, read_pickle
+from mmae_fast.training.checkpoint import save_checkpoint
+from mmae_fast.training.config import UserError
+from mmae_fast.training.launch import World
+from mmae_fast.training.models import MaskedAutoencoder, VisionTransformer
 
 ALONE = World(torch.device("cpu"))
 GOLDEN = Path(__file__).parent / "golden"

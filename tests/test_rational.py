@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmae_fast import factor, fast_matrix_entropy, rational, reference
+from mmae_fast import fast_matrix_entropy, reference
+from mmae_fast.backends import factor, rational
 
 from .accuracy import BACKENDS, features, floors
 from .accuracy import entropy as exact

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from mmae_fast.page import findings, format_cell, summarise
-from mmae_fast.report import save_reconstructions, write_report
+from mmae_fast.evaluation.page import findings, format_cell, summarise
+from mmae_fast.evaluation.report import write_report
+from mmae_fast.training.reconstruct import save_reconstructions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

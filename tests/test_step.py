@@ -9,15 +9,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mmae_fast import train
-from mmae_fast.checkpoint import checkpoints, latest_checkpoint, load_model
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig, TwoBranchConfig, UserError
-from mmae_fast.data import ImageData
-from mmae_fast.launch import World
-from mmae_fast.models import build_model
-from mmae_fast.objective import build_objective
-from mmae_fast.runs import read_metrics
-from mmae_fast.step import TrainingStep
+from mmae_fast.training import train
+from mmae_fast.training.checkpoint import checkpoints, latest_checkpoint, load_model
+from mmae_fast.training.config import (
+    LossConfig,
+    ModelConfig,
+    PretrainConfig,
+    TwoBranchConfig,
+    UserError,
+)
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.launch import World
+from mmae_fast.training.models import build_model
+from mmae_fast.training.objective import build_objective
+from mmae_fast.training.runs import read_metrics
+from mmae_fast.training.step import TrainingStep
 
 from .together import Silent
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmae_fast import train
-from mmae_fast.checkpoint import latest_checkpoint, load_model
-from mmae_fast.config import (
+from mmae_fast.training import train
+from mmae_fast.training.checkpoint import latest_checkpoint, load_model
+from mmae_fast.training.config import (
     DataConfig,
     LossConfig,
     ModelConfig,
@@ -28,13 +28,13 @@ from mmae_fast.config import (
     from_dict,
     to_dict,
 )
-from mmae_fast.data import ImageData
-from mmae_fast.models import build_model
-from mmae_fast.objective import regularizer_seconds
-from mmae_fast.recipes import RECIPES
-from mmae_fast.runs import MetricsFile, read_config, read_metrics, read_run
-from mmae_fast.step import TrainingStep, learning_rate
-from mmae_fast.train import Interrupted, pretrain
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.models import build_model
+from mmae_fast.training.objective import regularizer_seconds
+from mmae_fast.training.recipes import RECIPES
+from mmae_fast.training.runs import MetricsFile, read_config, read_metrics, read_run
+from mmae_fast.training.step import TrainingStep, learning_rate
+from mmae_fast.training.train import Interrupted, pretrain
 
 MODEL = ModelConfig(
     patch_size=2,

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig
-from mmae_fast.data import ImageData
-from mmae_fast.launch import World
-from mmae_fast.models import build_model
-from mmae_fast.objective import build_objective
-from mmae_fast.runs import read_metrics
-from mmae_fast.step import TrainingStep
-from mmae_fast.train import pretrain
+from mmae_fast.training.config import LossConfig, ModelConfig, PretrainConfig
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.launch import World
+from mmae_fast.training.models import build_model
+from mmae_fast.training.objective import build_objective
+from mmae_fast.training.runs import read_metrics
+from mmae_fast.training.step import TrainingStep
+from mmae_fast.training.train import pretrain
 
 needs_cuda = [
     pytest.mark.gpu,

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mmae_fast.checkpoint import damage, latest_checkpoint
-from mmae_fast.runs import read_config, read_metrics
-from mmae_fast.train import Interrupted, pretrain
+from mmae_fast.training.checkpoint import damage, latest_checkpoint
+from mmae_fast.training.runs import read_config, read_metrics
+from mmae_fast.training.train import Interrupted, pretrain
 
 from .test_checkpoint import run_group
 

@@ -16,7 +16,8 @@ import numpy
 import pytest
 import torch
 
-from mmae_fast import dispatch, fast_coding_rate
+from mmae_fast import fast_coding_rate
+from mmae_fast.backends import dispatch
 
 pytest.importorskip("triton", reason="triton is not installed: PyTorch's CPU-only builds lack it")
 

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mmae_fast.batch_norm import GlooBatchNorm, over_processes
-from mmae_fast.checkpoint import latest_checkpoint, load_model
-from mmae_fast.config import TwoBranchConfig
-from mmae_fast.models import build_model
-from mmae_fast.runs import read_metrics
+from mmae_fast.training.batch_norm import GlooBatchNorm, over_processes
+from mmae_fast.training.checkpoint import latest_checkpoint, load_model
+from mmae_fast.training.config import TwoBranchConfig
+from mmae_fast.training.models import build_model
+from mmae_fast.training.runs import read_metrics
 
 from . import together
 from .ranks import Failure, Ranks

@@ -12,22 +12,22 @@ from safetensors.torch import load_file
 from torchvision.io import write_png
 
 from mmae_fast import losses
-from mmae_fast.augment import Batches, augment, generator, jitter_colours, two_views
-from mmae_fast.checkpoint import latest_checkpoint, load_model
-from mmae_fast.config import (
+from mmae_fast.evaluation.config import VisualizeConfig
+from mmae_fast.evaluation.evaluate import visualize
+from mmae_fast.training.augment import Batches, augment, generator, jitter_colours, two_views
+from mmae_fast.training.checkpoint import latest_checkpoint, load_model
+from mmae_fast.training.config import (
     LossConfig,
     ModelConfig,
     PretrainConfig,
     TwoBranchConfig,
     UserError,
 )
-from mmae_fast.data import ImageData
-from mmae_fast.eval_config import VisualizeConfig
-from mmae_fast.evaluate import visualize
-from mmae_fast.models import MaskedAutoencoder, TwoBranch, build_model
-from mmae_fast.runs import read_metrics
-from mmae_fast.train import Interrupted, pretrain
-from mmae_fast.watch import view_metrics
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.models import MaskedAutoencoder, TwoBranch, build_model
+from mmae_fast.training.runs import read_metrics
+from mmae_fast.training.train import Interrupted, pretrain
+from mmae_fast.training.watch import view_metrics
 
 CPU = torch.device("cpu")
 METHODS = ("barlow_twins", "spectral", "simclr")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig, UserError
-from mmae_fast.data import ImageData
-from mmae_fast.progress import Board
-from mmae_fast.runs import read_metrics, read_run
-from mmae_fast.train import pretrain
+from mmae_fast.training.config import LossConfig, ModelConfig, PretrainConfig, UserError
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.progress import Board
+from mmae_fast.training.runs import read_metrics, read_run
+from mmae_fast.training.train import pretrain
 
 
 @pytest.fixture

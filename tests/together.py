@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from mmae_fast.config import LossConfig, ModelConfig, PretrainConfig
-from mmae_fast.data import ImageData
-from mmae_fast.train import pretrain
+from mmae_fast.training.config import LossConfig, ModelConfig, PretrainConfig
+from mmae_fast.training.data import ImageData
+from mmae_fast.training.train import pretrain
 
 CONFIG = PretrainConfig(
     model=ModelConfig(

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
-from mmae_fast import dispatch, information_operators, reference, triton_backend
+from mmae_fast import reference
+from mmae_fast.backends import dispatch, information_operators, triton_backend
 
 from .accuracy import (
     by_operator,

@@ -5,22 +5,31 @@
 // ones moved back so that they end with the matrix (what they share with their neighbours comes out
 // the same), and so small that nothing needs to be packed. Returns false where this does not hold.
 template <class T>
-bool weight_bwd_in_place(const Rows<T, T>& rows, T grad, const T* weight, T* out) {
+bool weight_bwd_in_place(const Features& f, const Rows<T, T>& rows, int64_t index, int64_t last,
+                         T grad, const T* weight, T* out) {
   constexpr int VL = kLanes<T>;
   const int64_t n = rows.n, d = rows.d, ld = rows.row_stride;
   if (rows.mask || rows.column_stride != 1 || n < MR || d < VL || n * d > kInPlace) return false;
   const bool whole = d % VL == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  const int64_t calls = ceil_div(n, MR) * ceil_div(d, NR<T>);
+  Prefetch ahead(f, sizeof(T), index, last, calls);
+  Prefetch weights(weight + n * n, index + 1 < last ? n * n * int64_t(sizeof(T)) : 0, calls);
   for (int64_t c = 0, vectors; c < d; c += vectors * VL) {
     vectors = std::clamp<int64_t>((d - c) / VL, 1, NV);
     const int64_t c0 = std::min(c, d - vectors * VL);
     for (int64_t r = 0; r < n; r += MR) {
-      const int64_t r0 = std::min(r, n - MR);
+      ahead.some();
+      weights.some();
+      const int quarters = tile_quarters(n - r);
+      const int64_t r0 = std::min<int64_t>(r, n - quarters * (MR / 4));
       const T* a = weight + r0;  // its columns, which are its rows
       T* to = out + r0 * d + c0;
       if (whole)
-        tile_of_width<T, true, Write::kStream>(int(vectors), n, a, n, rows.z + c0, ld, to, d, grad);
+        tile_of_size<T, true, Write::kStream>(quarters, int(vectors), n, a, n, rows.z + c0, ld, to,
+                                              d, grad);
       else
-        tile_of_width<T, true, Write::kScale>(int(vectors), n, a, n, rows.z + c0, ld, to, d, grad);
+        tile_of_size<T, true, Write::kScale>(quarters, int(vectors), n, a, n, rows.z + c0, ld, to,
+                                             d, grad);
     }
   }
   return true;
@@ -34,7 +43,7 @@ void weight_bwd_samples(const Features& f, int64_t index, int64_t last, T grad, 
   Memory memory;
   const Rows<S, T> rows(f, index);
   if constexpr (std::is_same_v<S, T>)
-    if (weight_bwd_in_place(rows, grad, weight, out)) return;
+    if (weight_bwd_in_place(f, rows, index, last, grad, weight, out)) return;
   const int64_t n = f.n, d = f.d, tiles = ceil_div(n, MR);
   // Tile t of W' as n rows of MR: column k of its rows is row k of these columns.
   T* w = memory.take<T>(tiles * MR * n);
@@ -76,10 +85,13 @@ void weight_bwd_samples(const Features& f, int64_t index, int64_t last, T grad, 
               continue;
             }
           T* to = sum + t * MR * NR<T>;
+          const int quarters = tile_quarters(n - t * MR);
           if (at == 0)
-            tile_of_width<T, true, Write::kSet>(vectors, depth, a, MR, panel, NR<T>, to, NR<T>);
+            tile_of_size<T, true, Write::kSet>(quarters, vectors, depth, a, MR, panel, NR<T>, to,
+                                               NR<T>);
           else
-            tile_of_width<T, true, Write::kAdd>(vectors, depth, a, MR, panel, NR<T>, to, NR<T>);
+            tile_of_size<T, true, Write::kAdd>(quarters, vectors, depth, a, MR, panel, NR<T>, to,
+                                               NR<T>);
         }
       }
       for (int64_t i = whole ? n / MR * MR : 0; i < n; ++i)
@@ -101,6 +113,9 @@ void weight_bwd_features(const Features& f, int64_t index, T grad, const T* weig
   T* mean = memory.take<T>(ld);
   prepare(rows, T(1), scale, mean, executor);
   T* packed = memory.take<T>(ld * d);
+  const auto vectors = [&](int64_t p) {
+    return int(std::min<int64_t>(NV, ceil_div(d - p * NR<T>, kLanes<T>)));
+  };
   executor.run(panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       for (int64_t r = 0; r < d; ++r) {
@@ -127,14 +142,17 @@ void weight_bwd_features(const Features& f, int64_t index, T grad, const T* weig
       }
       for (int64_t p = 0; p < panels; ++p)
         for (int64_t at = 0; at < d; at += kTileDepth)
-          for (int64_t r = 0; r < round_up(count, MR); r += MR) {
+          for (int64_t r = 0; r < count; r += MR) {
             const T* w = packed + p * NR<T> * d + at * NR<T>;
             T *from = x + r * ld + at, *to = y + r * ld + p * NR<T>;
             const int64_t depth = std::min(kTileDepth, d - at);
+            const int quarters = tile_quarters(count - r);
             if (at == 0)
-              tile<T, NV, false, Write::kSet>(depth, from, ld, w, NR<T>, to, ld);
+              tile_of_size<T, false, Write::kSet>(quarters, vectors(p), depth, from, ld, w, NR<T>,
+                                                  to, ld);
             else
-              tile<T, NV, false, Write::kAdd>(depth, from, ld, w, NR<T>, to, ld);
+              tile_of_size<T, false, Write::kAdd>(quarters, vectors(p), depth, from, ld, w, NR<T>,
+                                                  to, ld);
           }
       for (int64_t r = 0; r < count; ++r) {
         S* o = out + (r0 + r) * d;

@@ -18,13 +18,8 @@ void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* m
   const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>);
   const int64_t block = std::min(depth_total, kPackDepth);
   T* packed = memory.take<T>(panels * NR<T> * std::max<int64_t>(block, 1));
-  const int64_t written = depth_total == 0 ? 0 : round_up(k, MR);
+  const int64_t written = depth_total == 0 ? 0 : k;
   std::memset(g + written * ldg, 0, size_t((ldg - written) * ldg) * sizeof(T));
-  // Tiles end with the vector that holds column k - 1; where tiles have more rows than vectors have
-  // lanes, there are columns after it.
-  if (kLanes<T> < MR)
-    for (int64_t i = 0, used = round_up(k, kLanes<T>); i < written; ++i)
-      std::fill(g + i * ldg + used, g + (i + 1) * ldg, T(0));
   for (int64_t at = 0; at < depth_total; at += block) {
     const int64_t depth = std::min(block, depth_total - at);
     executor.run(panels, 1, [&](int64_t begin, int64_t end) {
@@ -60,6 +55,7 @@ void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* m
       }
     });
   }
+  if (depth_total > 0) complete_upper(k, g, ldg);
 }
 
 template <class T>
@@ -114,15 +110,14 @@ struct Gram {
     Memory memory;
     T* squares = memory.take<T>(round_up(k, VL));
     std::memset(mean, 0, size_t(round_up(rows.d, NR<T>)) * sizeof(T));
+    if (!rows.d) std::memset(squares, 0, size_t(k) * sizeof(T));
     gram_upper<S, T>(rows, true, nullptr, nullptr, squares, g, ahead, executor);
+    for (int64_t i = 0; i < k; ++i) scale[i] = T(1 / std::sqrt(double(squares[i])));
     for (int64_t i = 0; i < k; ++i) {
+      kept += rows.kept(i);
+      if (squares[i] > T(kSquareLow<T>) && squares[i] < T(kSquareHigh<T>)) continue;
       scale[i] = 0;
-      if (!rows.kept(i)) continue;
-      ++kept;
-      const double sum = rows.d ? squares[i] : 0;
-      if (sum > kSquareLow<T> && sum < kSquareHigh<T>) {
-        scale[i] = T(1 / std::sqrt(sum));
-      } else if (sum != 0 || !rows.zero(i)) {
+      if (rows.kept(i) && (squares[i] != 0 || !rows.zero(i))) {
         kept = 0;
         return false;
       }

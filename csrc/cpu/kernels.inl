@@ -36,6 +36,7 @@ namespace MMAE_ISA {
 #include "lanes.h"
 #include "lanes_factor.h"
 #include "lanes_eigen.h"
+#include "lanes_log.h"
 #include "lanes_entropy.h"
 #include "coding_rate.h"
 
@@ -77,9 +78,10 @@ void coding_rate(const Features& f, double scale, void* value, void* weight, Thr
 }
 
 template <class T>
-bool entropy_in_lanes(const Features& f, int64_t k, double alpha, Threads threads) {
+bool entropy_in_lanes(const Features& f, int64_t k, double alpha, bool want_v, Threads threads) {
   if (alpha == 2) return product_in_lanes<T>(f, k, threads);
-  return !by_powers(alpha, k) && in_lanes<T>(f, k, kLanesEigen, threads);
+  const int64_t most = needs_vectors<T>(alpha, want_v) ? kLanesVectors : kLanesValues;
+  return !by_powers(alpha, k) && in_lanes<T>(f, k, most, threads);
 }
 
 bool serves_entropy(double alpha, int64_t k) {
@@ -89,7 +91,7 @@ bool serves_entropy(double alpha, int64_t k) {
 void entropy(const Features& f, double alpha, void* value, void* weight, Threads threads) {
   dispatch(f.dtype, [&](auto s, auto t) {
     using T = decltype(t);
-    if (entropy_in_lanes<T>(f, f.k(), alpha, threads))
+    if (entropy_in_lanes<T>(f, f.k(), alpha, weight, threads))
       return over_groups<T>(f, threads, [&](int64_t first, int64_t count) {
         entropy_lanes<decltype(s), T>(f, alpha, static_cast<T*>(value), static_cast<T*>(weight),
                                       first, count);
@@ -108,7 +110,7 @@ void joint_entropy(const Features& f1, const Features& f2, double alpha, void* v
     using T = decltype(t);
     T *v = static_cast<T*>(value), *w1 = static_cast<T*>(weight1), *w2 = static_cast<T*>(weight2);
     const Features& larger = f1.d >= f2.d ? f1 : f2;
-    if (entropy_in_lanes<T>(larger, f1.n, alpha, threads))
+    if (entropy_in_lanes<T>(larger, f1.n, alpha, weight1, threads))
       return over_groups<T>(f1, threads, [&](int64_t first, int64_t count) {
         joint_entropy_lanes<S, T>(f1, f2, alpha, v, w1, w2, first, count);
       });
@@ -127,7 +129,7 @@ void gram_entropy(DType dtype, int64_t batch, int64_t k, double alpha, const voi
     using T = decltype(t);
     const T* g = static_cast<const T*>(gram);
     T *h = static_cast<T*>(value), *to = static_cast<T*>(v);
-    if (entropy_in_lanes<T>(f, k, alpha, threads))
+    if (entropy_in_lanes<T>(f, k, alpha, v, threads))
       return over_groups<T>(f, threads, [&](int64_t first, int64_t count) {
         gram_entropy_lanes(g, k, alpha, h, to, first, count);
       });

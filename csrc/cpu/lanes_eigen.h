@@ -4,6 +4,52 @@
 // Householder tridiagonalisation, then implicit QL. All lanes run down the same rows; each has its
 // own block [l, m] of the tridiagonal matrix and takes part in a rotation if it lies inside.
 
+// The rows and columns [first, k) of the symmetric a (row stride lda; the lower triangle): A <- H A
+// H with H = I - tau v vᵀ. w: k.
+template <class T>
+void reflect_lanes(Vec<T>* a, int64_t k, int64_t lda, int64_t first, const Vec<T>* v, Vec<T> tau,
+                   Vec<T>* w) {
+  for (int64_t i = first; i < k; ++i) w[i] = Vec<T>{};
+  // w = A v from the lower triangle, two rows at a time.
+  int64_t i = first;
+  if ((k - i) % 2) {
+    w[i] += a[i * lda + i] * v[i];
+    ++i;
+  }
+  for (; i < k; i += 2) {
+    const Vec<T>*a0 = a + i * lda, *a1 = a0 + lda;
+    const Vec<T> v0 = v[i], v1 = v[i + 1];
+    Vec<T> s0 = a0[i] * v0 + a1[i] * v1, s1 = a1[i] * v0 + a1[i + 1] * v1, t0{}, t1{};
+    int64_t c = first;
+    for (; c + 2 <= i; c += 2) {
+      const Vec<T> x0 = a0[c], x1 = a1[c], y0 = a0[c + 1], y1 = a1[c + 1];
+      s0 += x0 * v[c];
+      s1 += x1 * v[c];
+      t0 += y0 * v[c + 1];
+      t1 += y1 * v[c + 1];
+      w[c] += x0 * v0 + x1 * v1;
+      w[c + 1] += y0 * v0 + y1 * v1;
+    }
+    for (; c < i; ++c) {
+      s0 += a0[c] * v[c];
+      s1 += a1[c] * v[c];
+      w[c] += a0[c] * v0 + a1[c] * v1;
+    }
+    w[i] += s0 + t0;
+    w[i + 1] += s1 + t1;
+  }
+  Vec<T> dot{};
+  for (i = first; i < k; ++i) dot += w[i] * v[i];
+  const Vec<T> half = T(0.5) * tau * tau * dot;
+  for (i = first; i < k; ++i) w[i] = tau * w[i] - half * v[i];
+  // A -= v wᵀ + w vᵀ
+  for (i = first; i < k; ++i) {
+    Vec<T>* ai = a + i * lda;
+    const Vec<T> vi = v[i], wi = w[i];
+    for (int64_t c = first; c <= i; ++c) ai[c] -= vi * w[c] + wi * v[c];
+  }
+}
+
 // a (k x k, row stride lda; the lower triangle is used) becomes tridiagonal: diagonal d (k),
 // off-diagonal e (k, last 0). Row j of a keeps reflector j in columns (j, k), tau[j] its factor:
 // H_j = I - tau v vᵀ.
@@ -29,46 +75,7 @@ void tridiagonalize_lanes(Vec<T>* a, int64_t k, int64_t lda, Vec<T>* d, Vec<T>* 
     tau[j] = t;
     v[j + 1] = splat(T(1));
     for (int64_t i = j + 2; i < k; ++i) v[i] *= inverse;
-
-    // w = tau A v from the lower triangle, two rows at a time.
-    for (int64_t i = j + 1; i < k; ++i) w[i] = Vec<T>{};
-    int64_t i = j + 1;
-    if ((k - i) % 2) {
-      w[i] += a[i * lda + i] * v[i];
-      ++i;
-    }
-    for (; i < k; i += 2) {
-      const Vec<T>*a0 = a + i * lda, *a1 = a0 + lda;
-      const Vec<T> v0 = v[i], v1 = v[i + 1];
-      Vec<T> s0 = a0[i] * v0 + a1[i] * v1, s1 = a1[i] * v0 + a1[i + 1] * v1, t0{}, t1{};
-      int64_t c = j + 1;
-      for (; c + 2 <= i; c += 2) {
-        const Vec<T> x0 = a0[c], x1 = a1[c], y0 = a0[c + 1], y1 = a1[c + 1];
-        s0 += x0 * v[c];
-        s1 += x1 * v[c];
-        t0 += y0 * v[c + 1];
-        t1 += y1 * v[c + 1];
-        w[c] += x0 * v0 + x1 * v1;
-        w[c + 1] += y0 * v0 + y1 * v1;
-      }
-      for (; c < i; ++c) {
-        s0 += a0[c] * v[c];
-        s1 += a1[c] * v[c];
-        w[c] += a0[c] * v0 + a1[c] * v1;
-      }
-      w[i] += s0 + t0;
-      w[i + 1] += s1 + t1;
-    }
-    Vec<T> dot{};
-    for (i = j + 1; i < k; ++i) dot += w[i] * v[i];
-    const Vec<T> half = T(0.5) * t * t * dot;
-    for (i = j + 1; i < k; ++i) w[i] = t * w[i] - half * v[i];
-    // A -= v wᵀ + w vᵀ
-    for (i = j + 1; i < k; ++i) {
-      Vec<T>* ai = a + i * lda;
-      const Vec<T> vi = v[i], wi = w[i];
-      for (int64_t c = j + 1; c <= i; ++c) ai[c] -= vi * w[c] + wi * v[c];
-    }
+    reflect_lanes<T>(a, k, lda, j + 1, v, t, w);
   }
   if (k >= 2) {
     d[k - 2] = a[(k - 2) * lda + k - 2];

@@ -1,31 +1,36 @@
 // Which algorithm serves which shape: the thresholds of the CPU kernels and the measurements behind
 // them. Included inside an instruction-set namespace after gemm.h. k = min(n, d).
 //
-// | quantity            | in vector lanes (lanes.h) | one matrix per thread | its loops shared |
-// |---------------------|---------------------------|-----------------------|-------------------------|
-// | Gram, alpha = 2     | k <= 32, n d <= 4096      | batch >= threads      | batch < threads | |
-// coding rate         | k <= 160                  | batch >= threads      | batch < threads | |
-// alpha = 3, 4 ... 16 | k <= 16                   | powers, k > 16        | powers, batch < threads
-// | | other alpha         | k <= 200                  | k <= 256              | - (LAPACK above
-// 256)    | | gradient of z       | -                         | batch >= threads      | batch <
-// threads         |
+// clang-format off
+// | quantity            | in vector lanes (lanes.h)        | one matrix per thread | its loops shared |
+// |---------------------|----------------------------------|-----------------------|------------------|
+// | Gram, alpha = 2     | k <= 32, n d <= 4096             | batch >= threads      | batch < threads  |
+// | coding rate         | k <= 160                         | batch >= threads      | batch < threads  |
+// | alpha = 3, 4 ... 16 | k <= 16                          | powers, k > 16        | powers           |
+// | alpha = 1 (float32) | k <= 256                         | k <= 256              | - (LAPACK above) |
+// | other alpha         | k <= 200, without gradient 256   | k <= 256              | - (LAPACK above) |
+// | gradient of z       | -                                | batch >= threads      | batch < threads  |
+// clang-format on
 //
 // Lanes also need half of them filled on every thread, and rows that are not centred.
 //
-// Measured on one core of an AMD EPYC (Zen 5, AVX-512, 1 MB second-level cache), float32, time of
-// the path of one matrix per thread / time in lanes, value and gradient:
+// Measured on one core of an AMD EPYC (Zen 4, AVX-512), float32: time per matrix of 7 matrices (too
+// few for lanes) over that of a batch in lanes, value and gradient's weight (value alone). Of the
+// smaller ones, part is the call.
 //
-//     batch x n x d    alpha = 2   coding rate   von Neumann (value alone)
-//     2048 x 8 x 64      2.1          2.8           3.7 (4.4)
-//     2048 x 32 x 32     1.5          2.3           2.4 (3.8)
-//     1360 x 48 x 64     1.0          1.4           1.7 (2.8)
-//     1024 x 64 x 64     0.9          1.3           1.6 (2.6)
-//      112 x 48 x 768    1.0          1.1           1.3 (1.6)
-//      256 x 128 x 128   -            1.15          1.3 (2.2)
-//      160 x 160 x 160   -            1.14          1.2 (2.1)
-//       16 x 197 x 768   -            0.95          1.05 (1.5)
+// clang-format off
+//     batch x n x d    alpha = 2    coding rate   von Neumann   alpha = 1.5
+//     1952 x 32 x 32     1.8          2.3 (2.5)     3.0 (3.5)     2.1 (3.3)
+//      640 x 48 x 64     -            1.6 (1.6)     2.6 (2.8)     1.7 (2.7)
+//      480 x 64 x 64     -            1.5 (1.4)     2.5 (2.3)     1.4 (2.2)
+//      112 x 128 x 128   -            1.1 (1.0)     2.2 (2.0)     0.9 (2.4)
+//       64 x 160 x 160   -            1.2 (1.0)     2.3 (1.6)     1.3 (1.9)
+//       16 x 197 x 768   -            -             2.0 (1.4)     1.0 (1.4)
+//       16 x 256 x 256   -            -             1.9 (1.5)     - (1.2)
+// clang-format on
 
-constexpr int64_t kLanesProduct = 32, kLanesFactor = 160, kLanesEigen = 200;
+constexpr int64_t kLanesProduct = 32, kLanesFactor = 160;
+constexpr int64_t kLanesValues = 256, kLanesVectors = 200;
 
 // Entries of z above which the lanes take finished Gram matrices and not features: kLanes matrices
 // are read at once there, and long rows of so many do not stay in a cache (512 x 32 x 256, alpha =

@@ -53,6 +53,11 @@ class Prefetch {
   // Nothing to ask for.
   Prefetch() = default;
 
+  // `bytes` from `from` on.
+  Prefetch(const void* from, int64_t bytes, int64_t calls)
+      : at_(static_cast<const char*>(from)), end_(at_ + bytes),
+        step_(round_up(ceil_div(bytes, std::max<int64_t>(calls, 1)), 64)) {}
+
   // The matrix after `index`, if it is below `end`, lies in one piece and leaves room in a
   // second-level cache; some(...) will be called `calls` times.
   Prefetch(const Features& f, int64_t item, int64_t index, int64_t end, int64_t calls) {
@@ -181,14 +186,27 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squa
     const int64_t first = j0 + g * VL;
     if (first >= rows.n) break;  // no tile reads vectors past the last row
     const T* source[VL];
-    bool used[VL];
+    bool used[VL], all = true;
     for (int i = 0; i < VL; ++i) {
       const int64_t row = std::min(first + i, rows.n - 1);
       used[i] = first + i < rows.n && rows.kept(first + i);
+      all &= used[i];
       source[i] = rows.fetch(row, c0, c1, buffer + i * stride);
     }
-    Vec<T> sums[VL] = {};
-    for (int64_t k = 0; k < depth; k += VL) {
+    constexpr int kSums = std::min(VL, 4);  // short sums, and not one long one
+    Vec<T> sums[kSums] = {};
+    int64_t k = 0;
+    if (all && squares)  // the common case, without a question in the loop
+      for (; k + VL <= depth; k += VL) {
+        Vec<T> x[VL];
+        for (int i = 0; i < VL; ++i) x[i] = load(source[i] + k);
+        transpose_block<T>(x);
+        for (int q = 0; q < VL; ++q) {
+          store(dst + (k + q) * NR<T> + g * VL, x[q]);
+          sums[q % kSums] += x[q] * x[q];
+        }
+      }
+    for (; k < depth; k += VL) {
       Vec<T> x[VL];
       const int64_t valid = std::min<int64_t>(VL, depth - k);
       for (int i = 0; i < VL; ++i) {
@@ -202,22 +220,17 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squa
           std::memcpy(tail, source[i] + k, valid * sizeof(T));
           x[i] = load(tail);
         }
-      }
-      if (squares) {
-        for (int i = 0; i < VL; ++i) sums[i] += x[i] * x[i];
-      } else {
-        const Vec<T> m = load(mean + c0 + k);
-        for (int i = 0; i < VL; ++i)
-          if (used[i]) x[i] = x[i] * splat(scale[first + i]) - m;
+        if (used[i] && !squares) x[i] = x[i] * splat(scale[first + i]) - load(mean + c0 + k);
       }
       transpose_block<T>(x);
-      for (int64_t q = 0; q < valid; ++q) store(dst + (k + q) * NR<T> + g * VL, x[q]);
+      for (int64_t q = 0; q < valid; ++q) {
+        store(dst + (k + q) * NR<T> + g * VL, x[q]);
+        sums[q % kSums] += x[q] * x[q];
+      }
     }
     if (squares) {
-      transpose_block<T>(sums);
       Vec<T> sum = c0 > 0 ? load(squares + first) : Vec<T>{};
-      for (int width = VL / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+      for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
       store(squares + first, sum + sums[0]);
     }
   }

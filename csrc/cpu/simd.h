@@ -129,31 +129,67 @@ inline S to_storage(T x) {
   }
 }
 
-// The lower (High = false) or upper halves of a and b, interleaved: a0 b0 a1 b1 ...
-template <class T, bool High, size_t... I>
-inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
-  constexpr int VL = kLanes<T>;
+// Lane i of the result is lane pattern(i) of a or, from the number of lanes on, of b.
+template <class T, class F, size_t... I>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, F pattern, std::index_sequence<I...>) {
 #ifdef __clang__
-  return __builtin_shufflevector(a, b, int((I & 1 ? VL : 0) + I / 2 + (High ? VL / 2 : 0))...);
+  return __builtin_shufflevector(a, b, pattern(int(I))...);
 #else
   using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  return __builtin_shuffle(a, b,
-                           Vec<Index>{Index((I & 1 ? VL : 0) + I / 2 + (High ? VL / 2 : 0))...});
+  return __builtin_shuffle(a, b, Vec<Index>{Index(pattern(int(I)))...});
 #endif
 }
 
-// Transposes a kLanes x kLanes block in registers. A round interleaves row i with row i + VL/2;
-// log2(VL) rounds rotate the row index into the column index.
+// Within every 16 bytes, the lower or upper half of a and b by turns, in units of U lanes.
+template <class T, int U, bool kUpper>
+struct Unpack {
+  constexpr int operator()(int i) const {
+    constexpr int Q = 16 / int(sizeof(T));
+    const int unit = i % Q / U;
+    return i / Q * Q + (kUpper ? Q / 2 : 0) + unit / 2 * U + i % U + (unit % 2 ? kLanes<T> : 0);
+  }
+};
+
+// Every other 16 bytes of a, then of b.
+template <class T, bool kOdd>
+struct Quads {
+  constexpr int operator()(int i) const {
+    constexpr int Q = 16 / int(sizeof(T)), half = kLanes<T> / 2;
+    return (i % half / Q * 2 + kOdd) * Q + i % Q + (i >= half ? kLanes<T> : 0);
+  }
+};
+
+// Transposes a kLanes x kLanes block in registers: blocks of 16 bytes each way first, then these
+// among each other. Both are single instructions without an index operand. Inlined, since the block
+// would go through memory otherwise.
 template <class T>
-inline void transpose_block(Vec<T>* x) {
-  constexpr int VL = kLanes<T>;
+__attribute__((always_inline)) inline void transpose_block(Vec<T>* x) {
+  constexpr int VL = kLanes<T>, Q = 16 / int(sizeof(T)), blocks = VL / Q;
   constexpr auto lanes = std::make_index_sequence<VL>{};
-  for (int round = 1; round < VL; round *= 2) {
-    Vec<T> y[VL];
-    for (int i = 0; i < VL / 2; ++i) {
-      y[2 * i] = interleave<T, false>(x[i], x[i + VL / 2], lanes);
-      y[2 * i + 1] = interleave<T, true>(x[i], x[i + VL / 2], lanes);
+  for (int i = 0; i < VL; i += Q) {
+    Vec<T> y[Q];
+    for (int j = 0; j < Q; j += 2) {
+      y[j] = shuffle<T>(x[i + j], x[i + j + 1], Unpack<T, 1, false>{}, lanes);
+      y[j + 1] = shuffle<T>(x[i + j], x[i + j + 1], Unpack<T, 1, true>{}, lanes);
     }
+    if constexpr (Q == 2) {
+      x[i] = y[0];
+      x[i + 1] = y[1];
+    } else {
+      for (int j = 0; j < 2; ++j) {
+        x[i + 2 * j] = shuffle<T>(y[j], y[j + 2], Unpack<T, 2, false>{}, lanes);
+        x[i + 2 * j + 1] = shuffle<T>(y[j], y[j + 2], Unpack<T, 2, true>{}, lanes);
+      }
+    }
+  }
+  for (int round = 1; round < blocks; round *= 2) {
+    Vec<T> y[VL];
+    for (int r = 0; r < blocks / 2; ++r)
+      for (int c = 0; c < Q; ++c) {
+        const Vec<T> a = x[2 * r * Q + c], b = x[(2 * r + 1) * Q + c];
+        y[r * Q + c] = shuffle<T>(a, b, Quads<T, false>{}, lanes);
+        y[(r + blocks / 2) * Q + c] = shuffle<T>(a, b, Quads<T, true>{}, lanes);
+      }
     for (int i = 0; i < VL; ++i) x[i] = y[i];
   }
 }

@@ -1,6 +1,7 @@
 // What the kernels ask of their platform: storage types, shared memory, reductions. Under nvcc it
 // is CUDA; under a host compiler the header cuda_emulation.h of tests/cuda_emulation provides the
-// same names, with one fiber per thread and checks on every access to shared memory.
+// same names, with a fiber per thread and checks on every access to shared memory, or with threads
+// for ThreadSanitizer.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,6 +1,6 @@
 // The vendor's batched eigensolver, cusolverDnXsyevBatched (CUDA 12.6.2 or newer), without its
 // headers and without linking to it: the symbols are looked up in a library that the process has
-// loaded already (mmae_fast/cuda_backend.py sees to that).
+// loaded already (mmae_fast/backends/cuda_backend.py sees to that).
 #include <dlfcn.h>
 
 #include <map>

@@ -1,29 +1,19 @@
-// CUDA on the host, one block at a time, for tests: enough of the language for csrc/cuda/*.cuh, and
-// stricter than a GPU. Every thread of a block is a fiber that runs until it waits (at a barrier or
-// a shuffle); which fiber goes next is drawn from a seeded generator. Shared memory is reached
-// through checked arrays; a kernel fails with the reason when it
-//   - indexes outside of an array, or asks for more than the plan gave;
-//   - reads what nobody wrote;
-//   - races: two threads touch an element between the same two barriers, one of them writing;
-//   - lets some threads of a block wait at a barrier that others never reach.
-// A barrier (file:line) can be switched off, which must make a kernel fail that needs it.
+// CUDA on the host, for tests: enough of the language for csrc/cuda/*.cuh. The threads of a block
+// are fibers whose every access to shared memory is checked (fibers.h), or, under ThreadSanitizer,
+// threads (threads.h). Either offers
+//   thread_index(), block()      who runs, and where
+//   barrier(file, line)          __syncthreads; one can be switched off, which must make a kernel
+//                                fail that needs it
+//   gather(x, what)            x of every lane of the warp; no order of memory, as in CUDA
+//   Shared<T>, shared_array<T>   shared memory
+//   fail(reason), Launcher
 #pragma once
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <map>
-#include <random>
-#include <set>
-#include <stdexcept>
 #include <string>
-#include <vector>
 
 #define __global__ inline
 #define __launch_bounds__(...)
@@ -34,266 +24,32 @@
 #define blockIdx (emulation::block().block_index)
 #define blockDim (emulation::block().block_size)
 #define MMAE_ASSERT(condition) \
-  if (!(condition)) emulation::fail(#condition " does not hold", __FILE__, __LINE__)
+  if (!(condition))            \
+  emulation::fail(#condition " does not hold at " + emulation::place(__FILE__, __LINE__))
 
 namespace emulation {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = size_t(64) << 10;
+constexpr size_t kSlot = 64;  // bytes of the largest gather per lane
 
 struct Index {
   unsigned x;
 };
-
-// Who touched an element of shared memory last, and after which barrier.
-struct Shadow {
-  int writer = -1, reader = -1;  // thread; reader kMany: several
-  unsigned write_phase = 0, read_phase = 0;
-};
-constexpr int kMany = -2;
-
-// A fiber starts by its context; later switches are jumps, which save no signal mask: far faster.
-struct Fiber {
-  enum State { kReady, kAtBarrier, kAtShuffle, kDone };
-  ucontext_t context;
-  jmp_buf at;
-  bool started;
-  State state;
-  std::string where;
-};
-
-struct Block {
-  Index block_index{}, block_size{};
-  int current = 0;     // thread that runs
-  unsigned phase = 0;  // barriers passed
-  std::vector<Fiber> fibers;
-  std::vector<char> stacks, memory;
-  std::vector<Shadow> shadows;  // one per 4 bytes of memory
-  std::vector<double> exchange;
-  std::vector<unsigned> shuffles;  // per thread
-  std::vector<std::array<float, 6>> operands;
-  jmp_buf scheduler;
-  std::function<void()> body;
-  std::string error;
-  std::string skipped;             // the barrier that is switched off
-  std::set<std::string> barriers;  // all that were met
-};
-
-inline Block& block() {
-  static Block state;
-  return state;
-}
-
-inline Index thread_index() { return {unsigned(block().current)}; }
 
 inline std::string place(const char* file, int line) {
   const char* name = std::strrchr(file, '/');
   return std::string(name ? name + 1 : file) + ":" + std::to_string(line);
 }
 
-// Ends the kernel: a fiber's exception is kept, and no fiber runs any more.
-struct Failure : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+}  // namespace emulation
 
-[[noreturn]] inline void fail(const std::string& what) {
-  const Block& b = block();
-  throw Failure("block " + std::to_string(b.block_index.x) + ", thread " +
-                std::to_string(b.current) + ": " + what);
-}
-[[noreturn]] inline void fail(const std::string& what, const char* file, int line) {
-  fail(what + " at " + place(file, line));
-}
+#ifdef __SANITIZE_THREAD__
+#include "threads.h"
+#else
+#include "fibers.h"
+#endif
 
-inline void wait(Fiber::State state, const std::string& where) {
-  Fiber& fiber = block().fibers[block().current];
-  fiber.state = state;
-  fiber.where = where;
-  if (!_setjmp(fiber.at)) _longjmp(block().scheduler, 1);
-}
-
-inline void barrier(const char* file, int line) {
-  const std::string where = place(file, line);
-  block().barriers.insert(where);
-  if (where != block().skipped) wait(Fiber::kAtBarrier, where);
-}
-
-// Two sets of slots take turns, so that one wait per shuffle is enough.
-inline double shuffle_xor(double x, int lane) {
-  Block& b = block();
-  const int me = b.current, threads = int(b.block_size.x);
-  const int set = int(b.shuffles[me]++ % 2) * threads;
-  b.exchange[set + me] = x;
-  wait(Fiber::kAtShuffle, "shuffle");
-  return b.exchange[set + (me ^ lane)];
-}
-
-inline uint32_t reduce_max(uint32_t x) {
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) x = std::max(x, uint32_t(shuffle_xor(x, lane)));
-  return x;
-}
-
-inline void run_fiber() {
-  Block& b = block();
-  try {
-    b.body();
-  } catch (const std::exception& e) {
-    if (b.error.empty()) b.error = e.what();
-  }
-  b.fibers[b.current].state = Fiber::kDone;
-  _longjmp(b.scheduler, 1);
-}
-
-// Runs a fiber until it waits or ends.
-inline void resume(Fiber& fiber) {
-  if (_setjmp(block().scheduler)) return;
-  if (fiber.started) _longjmp(fiber.at, 1);
-  fiber.started = true;
-  setcontext(&fiber.context);
-}
-
-// Lets the fibers in [first, last) go on if all of them wait in this state at the same place.
-inline bool release(int first, int last, Fiber::State state) {
-  std::vector<Fiber>& fibers = block().fibers;
-  for (int t = first; t < last; ++t)
-    if (fibers[t].state != state || fibers[t].where != fibers[first].where) return false;
-  for (int t = first; t < last; ++t) fibers[t].state = Fiber::kReady;
-  return true;
-}
-
-inline void run_block(std::mt19937& order) {
-  Block& b = block();
-  const int threads = int(b.block_size.x);
-  b.phase = 0;
-  b.fibers.resize(threads);
-  b.stacks.resize(size_t(threads) * kStack);
-  b.exchange.assign(size_t(2 * threads), 0);
-  b.shuffles.assign(threads, 0);
-  b.shadows.assign(b.memory.size() / 4, Shadow{});
-  std::memset(b.memory.data(), 0xff, b.memory.size());
-  for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = b.fibers[t];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = b.stacks.data() + t * kStack;
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    fiber.state = Fiber::kReady;
-    fiber.started = false;
-    makecontext(&fiber.context, run_fiber, 0);
-  }
-  std::vector<int> ready;
-  for (;;) {
-    ready.clear();
-    for (int t = 0; t < threads; ++t)
-      if (b.fibers[t].state == Fiber::kReady) ready.push_back(t);
-    if (ready.empty()) {
-      bool released = false, done = true;
-      for (int t = 0; t < threads; t += kWarp)
-        released |= release(t, std::min(t + kWarp, threads), Fiber::kAtShuffle);
-      if (released) continue;
-      for (const Fiber& fiber : b.fibers) done &= fiber.state == Fiber::kDone;
-      if (done) return;
-      if (!release(0, threads, Fiber::kAtBarrier))
-        throw Failure("threads of a block wait at different places, or some have left");
-      ++b.phase;
-      continue;
-    }
-    std::shuffle(ready.begin(), ready.end(), order);
-    for (const int t : ready) {
-      b.current = t;
-      resume(b.fibers[t]);
-      if (!b.error.empty()) throw Failure(b.error);
-    }
-  }
-}
-
-// kernel<<<blocks, threads, shared_bytes>>>(arguments...), blocks in a random order.
-struct Launcher {
-  unsigned seed = 0;
-  std::vector<std::array<int64_t, 3>> launches;  // blocks, threads, shared bytes
-
-  template <class... P, class... A>
-  void operator()(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
-                  A... arguments) {
-    launches.push_back({blocks, threads, shared_bytes});
-    Block& b = block();
-    b.error.clear();
-    b.block_size.x = unsigned(threads);
-    b.memory.resize(size_t(shared_bytes));
-    b.body = [=]() { kernel(arguments...); };
-    std::mt19937 order(seed);
-    std::vector<unsigned> indices(blocks);
-    for (int64_t i = 0; i < blocks; ++i) indices[i] = unsigned(i);
-    std::shuffle(indices.begin(), indices.end(), order);
-    for (const unsigned index : indices) {
-      b.block_index.x = index;
-      run_block(order);
-    }
-  }
-};
-
-// An array in shared memory: what a pointer is to CUDA, with every access checked.
-template <class T>
-class Shared {
- public:
-  Shared(int offset, int count) : offset_(offset), count_(count) {}
-
-  class Element {
-   public:
-    Element(int offset) : offset_(offset) {}
-    operator T() const {
-      Block& b = block();
-      Shadow& s = b.shadows[offset_ / 4];
-      if (s.writer == -1) fail("reads shared memory that nobody wrote");
-      if (s.writer != b.current && s.write_phase == b.phase) race("reads", s.writer, "wrote");
-      if (s.read_phase != b.phase || s.reader == -1)
-        s.reader = b.current;
-      else if (s.reader != b.current)
-        s.reader = kMany;
-      s.read_phase = b.phase;
-      T x;
-      std::memcpy(&x, b.memory.data() + offset_, sizeof(T));
-      return x;
-    }
-    const Element& operator=(T x) const {
-      Block& b = block();
-      Shadow& s = b.shadows[offset_ / 4];
-      if (s.writer != -1 && s.writer != b.current && s.write_phase == b.phase)
-        race("writes", s.writer, "wrote");
-      if (s.reader != -1 && s.reader != b.current && s.read_phase == b.phase)
-        race("writes", s.reader, "read");
-      s.writer = b.current;
-      s.write_phase = b.phase;
-      std::memcpy(b.memory.data() + offset_, &x, sizeof(T));
-      return *this;
-    }
-    const Element& operator=(const Element& other) const { return *this = T(other); }
-
-   private:
-    [[noreturn]] void race(const char* does, int other, const char* did) const {
-      fail(std::string("race: ") + does + " byte " + std::to_string(offset_) +
-           " of shared memory, which thread " + std::to_string(other) + " " + did +
-           " since the last barrier");
-    }
-    int offset_;
-  };
-
-  Element operator[](int i) const {
-    if (i < 0 || i >= count_)
-      fail("index " + std::to_string(i) + " of a shared array of " + std::to_string(count_));
-    return Element(offset_ + i * int(sizeof(T)));
-  }
-
- private:
-  int offset_, count_;
-};
-
-template <class T>
-Shared<T> shared_array(int offset, int count) {
-  if (offset < 0 || offset % 16 || offset + count * int(sizeof(T)) > int(block().memory.size()))
-    fail("a shared array does not fit into the plan's shared memory");
-  return {offset, count};
-}
+namespace emulation {
 
 inline float from_bits(uint32_t u) {
   float f;
@@ -311,25 +67,31 @@ inline float to_tf32(float x) {
   return x - x == 0 ? from_bits((to_bits(x) + 0x1000) & ~0x1fffu) : x;
 }
 
+inline double shuffle_xor(double x, int other) {
+  return gather(x, "shuffle")[int(threadIdx.x) % kWarp ^ other];
+}
+
+inline uint32_t reduce_max(uint32_t x) {
+  const uint32_t* lanes = gather(x, "reduce");
+  return *std::max_element(lanes, lanes + kWarp);
+}
+
 // mma.sync m16n8k8; every lane gives its operands and takes its part of the product. Sums are
 // truncated to float32, as tensor cores do.
 inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
-  Block& state = block();
-  const int me = state.current, threads = int(state.block_size.x), warp = me / kWarp * kWarp;
-  const int set = int(state.shuffles[me]++ % 2) * threads;
-  if (state.operands.size() < size_t(2 * threads)) state.operands.resize(size_t(2 * threads));
-  std::array<float, 6>& own = state.operands[set + me];
+  std::array<float, 6> own;
   std::copy(a, a + 4, own.begin());
   std::copy(b, b + 2, own.begin() + 4);
   for (const float x : own)
     if (x - x == 0 && to_tf32(x) != x) fail("an operand of mma is not a TF32 number");
-  wait(Fiber::kAtShuffle, "mma");
+  const std::array<float, 6>* lanes = gather(own, "mma");
+  const int me = int(threadIdx.x) % kWarp;
   for (int e = 0; e < 4; ++e) {
-    const int row = me % kWarp / 4 + e / 2 * 8, column = me % 4 * 2 + e % 2;
+    const int row = me / 4 + e / 2 * 8, column = me % 4 * 2 + e % 2;
     double sum = d[e];
     for (int p = 0; p < 8; ++p) {
-      const std::array<float, 6>& left = state.operands[set + warp + row % 8 * 4 + p % 4];
-      const std::array<float, 6>& right = state.operands[set + warp + column * 4 + p % 4];
+      const std::array<float, 6>& left = lanes[row % 8 * 4 + p % 4];
+      const std::array<float, 6>& right = lanes[column * 4 + p % 4];
       sum += double(left[row / 8 + p / 4 * 2]) * right[4 + p / 4];
     }
     d[e] = float(sum);

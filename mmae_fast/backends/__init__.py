@@ -1,0 +1,1 @@
+"""Backends, which of them serves a call (dispatch.py), and the PyTorch operators made of them."""

@@ -1,0 +1,1 @@
+"""What is done with a pretrained encoder: probes, fine-tuning, export, analysis, reports."""
