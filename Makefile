@@ -57,9 +57,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
 
-# On a machine with a GPU; uses the python3 that has torch there, installs nothing.
+# On a machine with a GPU; uses the python3 that has torch there, and installs nothing but this
+# package. STEPS="build tests" for some of the steps.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(STEPS)
 
 # Pretraining on CIFAR-10 with what two views share; the same command goes on where it was stopped.
 # CIFAR=folder with cifar10_train.npz and cifar10_test.npz, or CIFAR=download.

@@ -28,7 +28,9 @@ matrices, which are PyTorch's products for everybody.
 """
 
 import math
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -293,7 +295,7 @@ def graphed_calls(function, inputs: list[Tensor], direction: str, grad: Tensor) 
             run(function, z, direction, grad)
     torch.cuda.current_stream().wait_stream(side)
     replays = []
-    for z in inputs[:8]:
+    for z in inputs[:32]:  # as many as one of the largest caches does not hold
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = run(function, z, direction, grad)
@@ -336,13 +338,16 @@ def implementations(
         from .vendor import batched_von_neumann
 
         found["XsyevBatched"] = _plain(lambda z: batched_von_neumann(_density(z)))
-    for backend in dispatch.BACKENDS:
-        served = dispatch.refusal(backend, device) is None
-        if served and backend != dispatch.select_backend("auto", device):
-            found[f"fast[{backend}]"] = _plain(lambda z, b=backend: q.fast(z, b))
-    if quantity in ("coding_rate", "renyi2"):  # no synchronisation with the host inside
-        replay = lambda *args: graphed_calls(lambda z: q.fast(z, "auto"), *args)  # noqa: E731
-        found["fast (CUDA graph)"] = Implementation(replay, slow=True)
+    for backend in ("auto", *dispatch.BACKENDS):
+        if backend == dispatch.select_backend("auto", device):
+            continue
+        if backend != "auto" and dispatch.refusal(backend, device) is not None:
+            continue
+        name = "fast" if backend == "auto" else f"fast[{backend}]"
+        function = lambda z, b=backend: q.fast(z, b)  # noqa: E731
+        found[name] = _plain(function)
+        if quantity in ("coding_rate", "renyi2"):  # no synchronisation with the host inside
+            found[f"{name} (CUDA graph)"] = Implementation(partial(graphed_calls, function), True)
     found["torch.compile"] = _compiled(q.eager)
     return found
 
@@ -351,6 +356,6 @@ def backend_of(implementation: str, device: str) -> str | None:
     """Which of our backends is behind a name of :func:`implementations`; None for the others."""
     if not implementation.startswith("fast"):
         return None
-    if "[" in implementation:
-        return implementation[5:-1]
+    if named := re.search(r"\[(\w+)\]", implementation):
+        return named[1]
     return dispatch.select_backend("auto", device)

@@ -163,7 +163,7 @@ def interleave(
             lasts[name] = clock(calls[:1])
         inner[name] = max(1, min(200, round(sample_s / max(lasts[name], 1e-7))))
     if sum(lasts.values()) > budget_s:
-        min_rounds = min(min_rounds, 3)
+        min_rounds = min(min_rounds, 3 if sum(lasts.values()) < 20 * budget_s else 2)
     samples = {name: [] for name in names}
     start, turn = time.perf_counter(), 0
     for turn in range(max_rounds):

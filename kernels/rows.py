@@ -130,7 +130,7 @@ def row_scale(
     _row_scale_kernel[(batch * triton.cdiv(n, rows),)](
         z, z if mask is None else mask, out, out, n, d, *z.stride(),
         NORMALIZE=normalize, HAS_MASK=mask is not None, TF32=tf32,
-        BLOCK_N=rows, BLOCK_D=columns, num_warps=4,
+        BLOCK_N=rows, BLOCK_D=columns, num_warps=8,  # 4: short rows that are not aligned spill
     )  # fmt: skip
     if normalize:
         return out

@@ -20,7 +20,8 @@ __all__ = [
     "information",
 ]
 
-# Loaded, and torch with them, when they are asked for: the command line answers without.
+# Loaded when they are asked for, and with them torch and the operators of ``torch.ops.mmae_fast``:
+# the command line answers without.
 _MODULES = {
     "EntropyMonitor": "monitor",
     "effective_rank": "ops",

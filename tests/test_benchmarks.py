@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,15 @@ def test_samples_are_interleaved_and_inputs_rotate():
     samples = measure.interleave(calls, clock, budget_s=0.0, min_rounds=2)
     assert {name: len(times) for name, times in samples.items()} == {"a": 2, "b": 2}
     assert log[2:] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]  # after the warm-up
+
+
+@pytest.mark.parametrize("device", run.PASSES)
+def test_passes_reach_every_quantity_in_time(device):
+    for slow in (False, True):
+        turns = [q for s, quantities, _ in run.PASSES[device] if s == slow for q in quantities]
+        assert sorted(turns) == sorted(cases.QUANTITIES)
+    parts = [part for *_, part in run.PASSES[device]]
+    assert parts == sorted(parts) and parts[-1] == 1
 
 
 def test_least_work():
@@ -273,26 +283,60 @@ def test_gpu_steps_go_on_after_a_failure(capfd):
     assert "ran" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("broken", [None, "pip", "pytest", "benchmarks.run"])
-def test_gpu_steps(monkeypatch, tmp_path, capsys, broken):
-    """All steps run, in order, whatever fails; a failure is in the exit status."""
+def test_a_stopped_gpu_step_leaves_no_children(tmp_path):
+    """They would hold the GPU that the next step measures."""
+    script = "import subprocess, sys, time; subprocess.Popen(['sh', '-c', sys.argv[1]]).wait()"
+    child = f"echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done"
+    assert gpu.Steps(total_s=60).execute(gpu.python("-c", script, child), 5) == "stopped after 5 s"
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} is still there")
+
+
+def gpu_main(monkeypatch, tmp_path, arguments, broken=None):
+    """Exit status, and the commands that would run."""
     ran = []
 
     def execute(self, command, limit_s, **environment):
-        ran.append(" ".join(command[1:]))
-        return "broken" if broken and broken in command else None
+        ran.append(" ".join([*command[1:], *(f"{k}={v}" for k, v in environment.items())]))
+        return "broken" if broken and broken in ran[-1] else None
 
     monkeypatch.setattr(gpu, "missing_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "architecture", lambda: "9.0a")
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu, "own_backends", lambda: [])
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/bin/compute-sanitizer")
     monkeypatch.setattr(gpu.Steps, "execute", execute)
-    status = gpu.main([])
-    assert status == (broken in ("pytest", "benchmarks.run"))
-    text = capsys.readouterr().out
-    assert "SKIP" in text and "no CUDA kernels to sanitise yet" in text
-    assert ("setup.py build_ext --inplace" in ran) == (broken == "pip")
-    assert any(c.startswith("-m pytest -m gpu") for c in ran)
-    assert "--vendor" in ran[-1] and "--device cuda" in ran[-1]
+    return gpu.main(arguments), ran
+
+
+@pytest.mark.parametrize(
+    "broken", [None, "MMAE_FAST_CUDA=1", "cuda_backend", "pytest", "benchmarks.run", "memcheck"]
+)
+def test_gpu_steps(monkeypatch, tmp_path, capsys, broken):
+    """All steps run, in order, whatever fails; a failure is in the exit status."""
+    status, ran = gpu_main(monkeypatch, tmp_path, [], broken)
+    assert status == (broken is not None)
+    assert "MMAE_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0a" in ran[0]
+    without_cuda = broken in ("MMAE_FAST_CUDA=1", "cuda_backend")
+    assert any("MMAE_FAST_CUDA=0" in command for command in ran) == without_cuda
+    order = ["-m pytest -m gpu", "benchmarks.vendor", "benchmarks.run --device cuda"]
+    order += ["benchmarks.train_step", "benchmarks.symmetric", "racecheck", "memcheck"]
+    at = [next(i for i, c in enumerate(ran) if part in c) for part in order]
+    assert at == sorted(at) and "--vendor" in ran[at[2]] and "kns=mmae" in ran[at[-1]]
+    assert ("FAIL" in capsys.readouterr().out) == (broken is not None)
+
+
+def test_some_gpu_steps(monkeypatch, tmp_path, capsys):
+    status, ran = gpu_main(monkeypatch, tmp_path, ["benchmark"], broken="benchmarks.vendor")
+    assert status == 0 and len(ran) == 2 and "--vendor" not in ran[1]
+    assert "SKIP" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu.main(["nonsense"])
+    assert "got nonsense" in capsys.readouterr().err
 
 
 def test_gpu_script_needs_no_command_line_packages():

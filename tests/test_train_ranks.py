@@ -51,11 +51,11 @@ class Task:
         pass
 
 
-def train_together(folder, ways):
+def train_together(folder, ways, timeout=600):
     """What the trainings said."""
     runs = [way | {"out": str(folder / name)} for name, way in ways.items()]
     command = [sys.executable, str(ROOT / "tests" / "together.py"), json.dumps(runs)]
-    return run_group(command, ENVIRONMENT, timeout=600)[1]
+    return run_group(command, ENVIRONMENT, timeout)[1]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,36 @@ def test_the_files_are_those_of_one_process(runs, way, file):
             for tensor in (a[name], b[name]):
                 tensor.view(3, -1)[1].zero_()
         assert (a[name] - b[name]).abs().max() <= 1e-3 * a[name].abs().max(), name
+
+
+COMPILED = {
+    "ddp": {},
+    "sharded": {"shard": True},
+    "two_branch": {
+        "loss": {"method": "simclr"},
+        "two_branch": {"projector_hidden": 24, "projector_dim": 12},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", COMPILED)
+def test_compiled(tmp_path, way):
+    """--compile changes rounding only, under DDP and FSDP2 too, and captures each block whole."""
+    changes = {"ranks": 2, "epochs": 4, "log_every": 1, "monitor_every": 0} | COMPILED[way]
+    said = train_together(
+        tmp_path, {"eager": changes, "compiled": changes | {"compile": True}}, timeout=1200
+    )
+    assert "eager 0 0\n" in said and "compiled 0 0\n" in said, said
+    kinds = 1 if way == "two_branch" else 2  # of blocks: the encoder's and the decoder's
+    for rank in (0, 1):
+        assert f"rank {rank} compiled {kinds} graphs, 0 breaks\n" in said, said
+    eager, compiled = (
+        read_metrics(tmp_path / name / "metrics.jsonl")[1:] for name in ("eager", "compiled")
+    )
+    assert len(eager) == len(compiled) == 8
+    for a, b in zip(eager, compiled, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a["step"]
 
 
 # --- torchrun ------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ QUICK = {
 def compile_case(case: Case, arch: int) -> dict:
     """Registers, stack and shared bytes, and which tensor-core instructions there are."""
     options = dict(case.options)
-    launch = {"num_warps": 8 if case.kernel is gram._reduce_kernel else 4}
+    launch = {"num_warps": 8 if case.kernel in (gram._reduce_kernel, rows._row_scale_kernel) else 4}
     if case.config:
         options |= {"BLOCK": case.config.block, "DEPTH": case.config.depth}
         launch = {"num_warps": case.config.warps, "num_stages": case.config.stages}
@@ -210,7 +210,7 @@ def main() -> None:
             text = PAGE.read_text()
             before, after = text.split(start)[0], text.split(end)[1]
             PAGE.write_text(f"{before}{start}\n{table(budget)}\n{end}{after}")
-    raise SystemExit("\n".join(wrong))
+    raise SystemExit("\n".join(wrong) or None)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ struct LaneEntropy {
     if (v) spectral_lanes<T>(q, f, k, ld, v);
   }
 
-  // The same for the tridiagonal (d, e) of a; v = -log rho - H.
+  // The same for the tridiagonal (d, e) of a: v = -log rho - H.
   void of_order_1(Vec<T>* a, int64_t k, int64_t order, int64_t ld, const Vec<T>* d, const Vec<T>* e,
                   const Vec<T>* t, Vec<T> inverse) {
     Memory memory;
@@ -97,7 +97,7 @@ struct LaneEntropy {
     std::copy_n(d, k, values);
     std::copy_n(e, k, off);
     const Flags<T> converged = ql_lanes<T>(values, off, k, static_cast<Vec<T>*>(nullptr), 0, 0);
-    double *lam = memory.take<double>(k), inverse_c[VL], shift[VL];
+    double *lam = memory.take<double>(k), inverse_c[VL];
     for (int m = 0; m < VL; ++m) {
       failed[m] |= !converged[m];
       const bool some = !failed[m] && inverse[m] > 0;
@@ -111,9 +111,8 @@ struct LaneEntropy {
       // Noise below zero must stay well above the smallest pole.
       const double c = std::max(largest, -4 / kPoleShift[0] * least);
       inverse_c[m] = 1 / c;
-      shift[m] = kPoleSlope - std::log(c) - value[m];
     }
-    const Flags<T> definite = minus_log_tridiagonal<T>(d, e, inverse_c, shift, k, a, ld);
+    const Flags<T> definite = minus_log_tridiagonal<T>(d, e, inverse_c, k, a, ld);
     for (int m = 0; m < VL; ++m) failed[m] |= !definite[m];
     transform_back_lanes<T>(a, k, ld, t);
     for (int64_t i = 0; i < k; ++i) std::copy_n(a + i * ld, i + 1, v + packed_row(i));

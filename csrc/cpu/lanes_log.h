@@ -24,7 +24,6 @@ bool needs_vectors(double alpha, bool want_v) {
 
 // Best approximations by 12 poles (python -m benchmarks.rational).
 constexpr int kPoles = 12, kPolesAtOnce = 4;
-constexpr double kPoleSlope = -3.50208168794121;
 constexpr double kPoleShift[kPoles] = {
     1.64068667856157e-07, 3.01075375829246e-06, 2.51307886684058e-05, 0.000145487058163255,
     0.000673436845898288, 0.00267153968874276,  0.0094681103045413,   0.0309183809928875,
@@ -72,11 +71,12 @@ struct FlushToZero {
 #endif
 };
 
-// The lower triangle of a (row stride lda) = sum_p w_p (T / c + u_p)⁻¹ + shift I. Returns the lanes
-// where all of these matrices are positive definite.
+// The lower triangle of a (row stride lda) = F - tr(T F) / tr(T) I, F = sum_p w_p (T / c + u_p)⁻¹:
+// the multiples of I in log T, the slope b and H with the error of the approximation cancel.
+// Returns the lanes where all of these matrices are positive definite.
 template <class T>
-Flags<T> minus_log_tridiagonal(const Vec<T>* d, const Vec<T>* e, const double* inverse_c,
-                               const double* shift, int64_t k, Vec<T>* a, int64_t lda) {
+Flags<T> minus_log_tridiagonal(const Vec<T>* d, const Vec<T>* e, const double* inverse_c, int64_t k,
+                               Vec<T>* a, int64_t lda) {
   constexpr int VL = kLanes<T>, P = kPolesAtOnce, C = 4;
   Memory memory;
   [[maybe_unused]] const FlushToZero flush;
@@ -92,7 +92,7 @@ Flags<T> minus_log_tridiagonal(const Vec<T>* d, const Vec<T>* e, const double* i
   };
   wide(d, full);
   wide(e, off);
-  for (int64_t i = 0; i < k * VL; ++i) square[i] = off[i] * off[i], diagonal[i] = shift[i % VL];
+  for (int64_t i = 0; i < k * VL; ++i) square[i] = off[i] * off[i], diagonal[i] = 0;
   Vec<T>*start[P], *ratio[P];
   for (int p = 0; p < P; ++p) start[p] = memory.take<Vec<T>>(k), ratio[p] = memory.take<Vec<T>>(k);
   double least[VL];
@@ -125,9 +125,19 @@ Flags<T> minus_log_tridiagonal(const Vec<T>* d, const Vec<T>* e, const double* i
       }
     }
   }
+  double trace[VL] = {}, sum[VL] = {};
+  for (int64_t i = 0; i < k; ++i) {
+    T beside[VL] = {};
+    if (i + 1 < k) store(beside, a[(i + 1) * lda + i]);
+    for (int m = 0; m < VL; ++m) {
+      trace[m] += full[i * VL + m];
+      sum[m] += full[i * VL + m] * diagonal[i * VL + m] + 2 * off[i * VL + m] * double(beside[m]);
+    }
+  }
+  for (int m = 0; m < VL; ++m) sum[m] = trace[m] > 0 ? sum[m] / trace[m] : 0;
   for (int64_t i = 0; i < k; ++i) {
     T lanes[VL];
-    for (int m = 0; m < VL; ++m) lanes[m] = T(diagonal[i * VL + m]);
+    for (int m = 0; m < VL; ++m) lanes[m] = T(diagonal[i * VL + m] - sum[m]);
     a[i * lda + i] = load(lanes);
   }
   Flags<T> definite;

@@ -11,9 +11,19 @@
 namespace mmae {
 namespace cuda {
 
+// What one block may have on this device; without a device, what every GPU gives.
+inline int shared_per_block(int device) {
+  int bytes = 0;
+  const cudaDeviceAttr what = cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  if (cudaDeviceGetAttribute(&bytes, what, device) == cudaSuccess) return bytes;
+  cudaGetLastError();  // nobody else's error
+  return kSharedBudget;
+}
+
 class CudaLauncher {
  public:
-  explicit CudaLauncher(Queue queue) : stream_(static_cast<cudaStream_t>(queue.stream)) {
+  explicit CudaLauncher(Queue queue)
+      : device_(queue.device), stream_(static_cast<cudaStream_t>(queue.stream)) {
     status_ = cudaGetDevice(&previous_);
     if (status_ == cudaSuccess && previous_ != queue.device) {
       restore_ = true;
@@ -34,12 +44,15 @@ class CudaLauncher {
       status_ = cudaErrorInvalidConfiguration;
       return;
     }
+    // Always the same limit, so that no thread lowers it between this line and another's launch.
     if (shared_bytes > 48 * 1024)
-      status_ =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (status_ != cudaSuccess) return;
-    kernel<<<unsigned(blocks), threads, shared_bytes, stream_>>>(arguments...);
-    status_ = cudaGetLastError();
+      status_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     shared_per_block(device_));
+    if (status_ == cudaSuccess) {
+      kernel<<<unsigned(blocks), threads, shared_bytes, stream_>>>(arguments...);
+      status_ = cudaPeekAtLastError();
+    }
+    if (status_ != cudaSuccess) cudaGetLastError();  // reported here, and not by the next launch
   }
 
   const char* error() const {
@@ -47,6 +60,7 @@ class CudaLauncher {
   }
 
  private:
+  int device_;
   cudaStream_t stream_;
   cudaError_t status_;
   int previous_ = 0;

@@ -4,17 +4,6 @@
 namespace mmae {
 namespace cuda {
 
-namespace {
-
-// What one block may have on this device; without a device, what every GPU gives.
-int shared_per_block(int device) {
-  int bytes = 0;
-  const cudaDeviceAttr what = cudaDevAttrMaxSharedMemoryPerBlockOptin;
-  return cudaDeviceGetAttribute(&bytes, what, device) == cudaSuccess ? bytes : kSharedBudget;
-}
-
-}  // namespace
-
 int64_t max_order(DType dtype, Measure m, int device) {
   const bool is_double = dtype == DType::kFloat64;
   return max_order(kernel_of(m), is_double, shared_per_block(device));
