@@ -211,10 +211,17 @@ void gram_one(const Features& f, int64_t index, int64_t end, bool samples, T* ou
   Memory memory;
   const int64_t k = samples ? f.n : f.d;
   out += index * k * k;
-  const bool in_place = padded<T>(k) == k;
+  const bool whole = padded<T>(k) == k;
+  // What no cache will hold goes past them: stores would read the lines that they overwrite.
+  const bool past = whole && k * k <= kPastMatrix &&
+                    f.batch * k * k * int64_t(sizeof(T)) > kPastBatch &&
+                    reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  const bool in_place = whole && !past;
   const Gram<S, T> gram(f, index, end, samples, false, executor, memory, in_place ? out : nullptr);
   mirror<T, true>(gram.g, k, gram.ldg, executor);
-  for (int64_t r = 0; r < k && !in_place; ++r)
+  if (past)
+    for (int64_t i = 0; i < k * k; i += kLanes<T>) stream(out + i, load(gram.g + i));
+  for (int64_t r = 0; r < k && !whole; ++r)
     std::memcpy(out + r * k, gram.g + r * gram.ldg, size_t(k) * sizeof(T));
   // Of an empty matrix the outputs may be null, which memcpy does not allow.
   std::copy_n(gram.scale, f.n, inverse_norm + index * f.n);

@@ -67,11 +67,13 @@ inline void dots(int64_t depth, const Vec<T>* const (&a)[LB], const Vec<T>* cons
 // --------------------------------------------------------------------------------------------------
 // From features to Gram matrices and back to memory
 
-// out (batch, rows, columns) = value(i, j) for the matrices [first, first + count).
+// out (batch, rows, columns) = value(i, j) for the matrices [first, first + count); past the
+// caches, if asked for and every store is aligned.
 template <class T, class F>
 void store_entries(const F& value, int64_t rows, int64_t columns, int64_t first, int64_t count,
-                   T* out) {
+                   T* out, bool past = false) {
   constexpr int VL = kLanes<T>;
+  past &= rows * columns % VL == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
   int64_t i = 0, j = 0;
   for (int64_t at = 0; at < rows * columns; at += VL) {
     const int64_t width = std::min<int64_t>(VL, rows * columns - at);
@@ -83,7 +85,9 @@ void store_entries(const F& value, int64_t rows, int64_t columns, int64_t first,
     transpose_block<T>(x);
     for (int64_t m = 0; m < count; ++m) {
       T* to = out + (first + m) * rows * columns + at;
-      if (width == VL)
+      if (past)
+        stream(to, x[m]);
+      else if (width == VL)
         store(to, x[m]);
       else
         std::memcpy(to, &x[m], size_t(width) * sizeof(T));
@@ -223,6 +227,18 @@ struct LaneGroup {
     for (int64_t c = c0; c < c1; c += VL) {
       const int64_t width = std::min<int64_t>(VL, c1 - c);
       Vec<T> x[VL];
+      if constexpr (std::is_same_v<S, T>) {
+        if (width == VL && f.column_stride == 1 && !f.mask) {  // without a question in the loop
+          for (int m = 0; m < VL; ++m) {
+            const T* from = rows_[m].z + (i * f.row_stride + c);
+            __builtin_prefetch(from + ahead_, 0, 2);
+            x[m] = load(from);
+          }
+          transpose_block<T>(x);
+          for (int q = 0; q < VL; ++q) to[(c - c0 + q) * step] = x[q];
+          continue;
+        }
+      }
       for (int m = 0; m < VL; ++m) {
         T buffer[VL];
         const T* from = rows_[m].fetch(i, c, c + width, buffer);
@@ -315,7 +331,7 @@ void gram_lanes(const Features& f, bool samples, T* out, T* inverse_norm, T* mea
       [&](int64_t i, int64_t j) {
         return i >= j ? group.g[packed_row(i) + j] : group.g[packed_row(j) + i];
       },
-      k, k, first, count, out);
+      k, k, first, count, out, f.batch * k * k * int64_t(sizeof(T)) > kPastBatch);
   store_entries([&](int64_t, int64_t j) { return group.scale[j]; }, 1, f.n, first, count,
                 inverse_norm);
   std::fill_n(mean + first * f.d, count * f.d, T(0));
