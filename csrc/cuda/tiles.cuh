@@ -144,11 +144,10 @@ MMAE_DEVICE void mma_pairs(float (&d)[4], const uint32_t (&a)[4], const uint32_t
 #endif
 }
 
-// R x C blocks of 16 x 8 entries per warp, warps below each other first. Tensor cores truncate
-// their sums where additions round: a few truncations, then an addition.
+// R x C blocks of 16 x 8 entries per warp, warps below each other first.
 template <int R, int C>
 struct WarpBlocks {
-  static constexpr int kEntries = 4 * R * C, kFlush = 128, kSlots = 2 * R;
+  static constexpr int kEntries = 4 * R * C, kSlots = 2 * R;
   static constexpr int kHeight = 16 * R, kWidth = 8 * C;
   const int g, q, i0, j0;
   float sums[R][C][4] = {};
@@ -189,12 +188,15 @@ enum Part { kWhole, kRounded, kSplit };
 constexpr float kLowScale = 2048;
 
 // Products of TF32 numbers: 1, or 2 where one operand is split, or 3 where both are: high high +
-// high low + low high, which is what float32 products are up to 2^-21.
+// high low + low high, which is what float32 products are up to 2^-21. Tensor cores truncate sums
+// where additions round, so that with a split operand they add no more than 8 steps; rounded
+// operands are less exact than that.
 template <int kLeft, int kRight, int R, int C>
 struct WarpTile : WarpBlocks<R, C> {
   using Word = float;
   using WarpBlocks<R, C>::WarpBlocks;
   static constexpr Unit kUnit = Unit::kFloat;
+  static constexpr int kFlush = kFlushDepth;
   static constexpr bool kWholeLeft = kLeft == kWhole;
 
   template <int kPart, int N>
@@ -225,24 +227,29 @@ struct WarpTile : WarpBlocks<R, C> {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           float (&sums)[4] = this->sums[r][c];
-          mma_tf32(sums, a[r], b);
-          if (kLeft != kSplit && kRight != kSplit) continue;
-          float small[4] = {};  // apart: each mma truncates what it adds to
-          if (kLeft == kSplit) mma_tf32(small, a_low[r], b);
-          if (kRight == kSplit) mma_tf32(small, a[r], b_low);
+          if (kLeft != kSplit && kRight != kSplit) {
+            mma_tf32(sums, a[r], b);
+            continue;
+          }
+          float high[4] = {}, low[4] = {};
+          mma_tf32(high, a[r], b);
+          if (kLeft == kSplit) mma_tf32(low, a_low[r], b);
+          if (kRight == kSplit) mma_tf32(low, a[r], b_low);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sums[e] += small[e] * (1 / kLowScale);
+          for (int e = 0; e < 4; ++e) sums[e] += high[e] + low[e] * (1 / kLowScale);
         }
       }
     }
   }
 };
 
-// Exact products of 16-bit numbers; a step is a word of two.
+// Exact products of 16-bit numbers; a step is a word of two. Sums are truncated, as long as
+// flushes let them grow.
 template <int R, int C>
 struct PairTile : WarpBlocks<R, C> {
   using Word = uint32_t;
   static constexpr Unit kUnit = Unit::kPairs;
+  static constexpr int kFlush = 128;
   static constexpr bool kWholeLeft = true;
   const bool bfloat16;
 
