@@ -287,7 +287,7 @@ def warp_product(left, right):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_truncation_of_tensor_cores(dtype):
-    """Terms end one bit below float32's last of the largest; sums, half of the depth each, there."""
+    """Terms end one bit below float32's last of the largest; each half of the depth is a sum."""
     depth = 8 if dtype == torch.float32 else 16
     eps, second = 2.0**-23, depth // 2
     sums = (  # products by position, and what becomes of their sum
