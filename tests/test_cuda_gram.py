@@ -274,10 +274,40 @@ def test_lanes_of_tensor_cores(dtype):
     depth = 8 if dtype == torch.float32 else 16
     left = torch.arange(16.0 * depth).reshape(16, depth).sin().mul(64).round().to(dtype)
     right = torch.arange(8.0 * depth).reshape(8, depth).cos().mul(64).round().to(dtype)
+    assert torch.equal(warp_product(left, right), left.float() @ right.float().mT)  # integers
+
+
+def warp_product(left, right):
+    """left (16, depth) right (8, depth)ᵀ by one emulated instruction."""
     out = torch.empty(16, 8)
-    code = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
+    code = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(left.dtype)
     emulator().warp_product(code, left.data_ptr(), right.data_ptr(), out.data_ptr())
-    assert torch.equal(out, left.float() @ right.float().mT)  # small integers: exact
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_truncation_of_tensor_cores(dtype):
+    """Terms end one bit below float32's last of the largest; each half of the depth is a sum."""
+    depth = 8 if dtype == torch.float32 else 16
+    eps, second = 2.0**-23, depth // 2
+    sums = (  # products by position, and what becomes of their sum
+        ({0: 1, 1: eps / 2}, 1),
+        ({0: 1, 1: eps / 2, 2: eps / 2}, 1 + eps),
+        ({0: 1, 1: eps / 4, 2: eps / 4, 3: eps / 4}, 1),  # none reaches the bit
+        ({0: 1, 1: eps / 2, second: eps / 2}, 1),  # apart
+        ({second: 1, second + 1: eps / 2, second + 2: eps / 2}, 1 + eps),
+        ({0: 1, 1: -eps / 4}, 1),
+        ({0: 1, 1: -eps / 2}, 1 - eps / 2),
+        ({0: 1 + 2.0**-7, 1: -1, 2: eps / 4}, 2.0**-7),  # they cancel too late
+    )
+    left, right = torch.zeros(16, depth), torch.full((8, depth), 2.0**-12)
+    for row, (products, _) in enumerate(sums):
+        for at, x in products.items():
+            left[row, at] = x * 2.0**12
+    for sign in (1, -1):
+        got = warp_product((sign * left).to(dtype), right.to(dtype))
+        for row, (_, wanted) in enumerate(sums):
+            assert (got[row] == sign * wanted).all(), (row, got[row] - sign * wanted)
 
 
 def test_banks():
@@ -292,6 +322,9 @@ def test_sums_of_tensor_cores_stay_short(side):
     """Thousands of nearly equal products, all of which truncated sums would round down."""
     z = features("collapsed", 3, 3000)
     check(gram(side), z if side == "samples" else z.mT.contiguous())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for d in (128, 384, 3000):  # eager has rows of rank 1 right to the last bit
+            check(gram(side), features("rank1", 4, d, dtype=dtype), need_grad=side == "samples")
 
 
 @pytest.mark.parametrize(

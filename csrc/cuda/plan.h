@@ -259,6 +259,7 @@ constexpr RowsPlan rows_plan(int64_t d, Unit unit) {
   return p;
 }
 
+static_assert(kMaxOrder <= kFlushDepth);  // one level of sums
 static_assert(rows_plan(kMaxOrder, Unit::kFloat).shared_bytes <= kSharedBudget);
 static_assert(rows_plan(kMaxOrder, Unit::kDouble).shared_bytes <= kSharedBudget);
 

@@ -11,7 +11,7 @@
 // Ẑ is never written: rows are scaled and centred on their way into shared memory, and the
 // projection is an epilogue on the accumulators. gram computes the tiles of one triangle and writes
 // each twice, so that the result is exactly symmetric. How a block multiplies is a policy
-// (tiles.cuh); sums run in two levels (kFlush).
+// (tiles.cuh); long sums run in two levels (kFlush).
 #pragma once
 #include "rows.cuh"
 #include "tiles.cuh"
@@ -224,8 +224,7 @@ __global__ void __launch_bounds__(RowsPlan::kThreads, 2)
   const auto x = operand<Tile, kWidth>(plan.x);
   const auto w = operand<Tile>(plan.w);
   const Shared<double> partial = shared_array<double>(plan.partial, plan.across * kRows);
-  Summed<Tile> product{Tile(kRows, kWidth, f.dtype)};
-  const Tile& tile = product.tile;
+  Tile tile(kRows, kWidth, f.dtype);
   {
     const Rows<T> rows(f, index);
     for (int e = t; e < kRows * plan.steps; e += RowsPlan::kThreads) {
@@ -241,11 +240,9 @@ __global__ void __launch_bounds__(RowsPlan::kThreads, 2)
       return at + p < d && j < d ? weight[(at + p) * d + j] : T(0);
     });
     __syncthreads();  // this step of W' and, at first, x are complete
-    product.tile.add(x.from(at), w, kDepth);
-    if (Tile::kFlush < kMaxOrder && (at + kDepth) % Tile::kFlush == 0) product.flush();
+    tile.add(x.from(at), w, kDepth);
     __syncthreads();  // w has been read, before the next step overwrites it
   }
-  product.flush();
   const Rows<T> rows(f, index);  // again: kept until here, it would cost registers
   // Entry of the row that was normalised, before centring, as it was staged.
   const auto unit = [&](int i, int j) -> T { return x(j, i) + (mean ? mean[j] : T(0)); };
@@ -257,7 +254,7 @@ __global__ void __launch_bounds__(RowsPlan::kThreads, 2)
 #pragma unroll
       for (int e = 0; e < Tile::kEntries; ++e)
         if (Tile::slot(e) == s && tile.column(e) < d)
-          part += double(unit(i, tile.column(e))) * product.total[e];
+          part += double(unit(i, tile.column(e))) * tile.sum(e);
       part = warp_reduce(part, Sum{}, tile.sharing() / 2);
       if (t % tile.sharing() == 0) partial[tile.across() * kRows + i] = part;
     }
@@ -281,7 +278,7 @@ __global__ void __launch_bounds__(RowsPlan::kThreads, 2)
     for (int e = 0; e < Tile::kEntries; ++e) {
       const int j = tile.column(e);
       if (Tile::slot(e) != s || j >= d) continue;
-      const T g = kept ? factor * (product.total[e] - T(along) * unit(i, j)) : T(0);
+      const T g = kept ? factor * (tile.sum(e) - T(along) * unit(i, j)) : T(0);
       store(grad_z, f.dtype, (index * f.n + i0 + i) * d + j, g);
     }
   }

@@ -107,7 +107,8 @@ MMAE_DEVICE float to_tf32(float x) {
 // By a warp: d (16 x 8) += a (16 x 8) b (8 x 8) of TF32 numbers. With g = lane / 4, q = lane % 4 a
 // lane holds a at rows g, g + 8, g, g + 8 and columns q, q, q + 4, q + 4; b at rows q, q + 4 and
 // column g; d at rows g, g, g + 8, g + 8 and columns 2q, 2q + 1, 2q, 2q + 1 (PTX ISA, m16n8k8; the
-// same as the layouts of CUTLASS's MMA_Traits<SM80_16x8x8_F32TF32TF32F32_TN>).
+// same as the layouts of CUTLASS's MMA_Traits<SM80_16x8x8_F32TF32TF32F32_TN>). volatile: the lanes
+// execute it together, so that the compiler must not move it under a condition of theirs.
 MMAE_DEVICE void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 #ifdef __CUDACC__
   asm volatile(
@@ -145,10 +146,10 @@ MMAE_DEVICE void mma_pairs(float (&d)[4], const uint32_t (&a)[4], const uint32_t
 }
 
 // R x C blocks of 16 x 8 entries per warp, warps below each other first. Tensor cores truncate
-// their sums where additions round: a few truncations, then an addition.
+// where additions round: what is to be exact starts every mma at 0 and is added to the sums.
 template <int R, int C>
 struct WarpBlocks {
-  static constexpr int kEntries = 4 * R * C, kFlush = 128, kSlots = 2 * R;
+  static constexpr int kEntries = 4 * R * C, kSlots = 2 * R;
   static constexpr int kHeight = 16 * R, kWidth = 8 * C;
   const int g, q, i0, j0;
   float sums[R][C][4] = {};
@@ -195,6 +196,7 @@ struct WarpTile : WarpBlocks<R, C> {
   using Word = float;
   using WarpBlocks<R, C>::WarpBlocks;
   static constexpr Unit kUnit = Unit::kFloat;
+  static constexpr int kFlush = kFlushDepth;
   static constexpr bool kWholeLeft = kLeft == kWhole;
 
   template <int kPart, int N>
@@ -225,24 +227,32 @@ struct WarpTile : WarpBlocks<R, C> {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           float (&sums)[4] = this->sums[r][c];
-          mma_tf32(sums, a[r], b);
-          if (kLeft != kSplit && kRight != kSplit) continue;
-          float small[4] = {};  // apart: each mma truncates what it adds to
-          if (kLeft == kSplit) mma_tf32(small, a_low[r], b);
-          if (kRight == kSplit) mma_tf32(small, a[r], b_low);
+          if (kLeft != kSplit && kRight != kSplit) {  // rounded: they err by more than truncation
+            mma_tf32(sums, a[r], b);
+            continue;
+          }
+          float product[4] = {};  // the small ones first
+          if (kLeft == kSplit) mma_tf32(product, a_low[r], b);
+          if (kRight == kSplit) mma_tf32(product, a[r], b_low);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sums[e] += small[e] * (1 / kLowScale);
+          for (int e = 0; e < 4; ++e) product[e] *= 1 / kLowScale;
+          mma_tf32(product, a[r], b);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[e] += product[e];
         }
       }
     }
   }
 };
 
-// Exact products of 16-bit numbers; a step is a word of two.
+// Exact products of 16-bit numbers; a step is a word of two. With many blocks there are no
+// registers to start at 0: sums are truncated, and flushed before they grow long.
 template <int R, int C>
 struct PairTile : WarpBlocks<R, C> {
   using Word = uint32_t;
   static constexpr Unit kUnit = Unit::kPairs;
+  static constexpr bool kFromZero = R * C <= 4;
+  static constexpr int kFlush = kFromZero ? kFlushDepth : 128;
   static constexpr bool kWholeLeft = true;
   const bool bfloat16;
 
@@ -261,7 +271,17 @@ struct PairTile : WarpBlocks<R, C> {
         uint32_t b[2];
         this->load_right(right, p, c, b);
 #pragma unroll
-        for (int r = 0; r < R; ++r) mma_pairs<kBFloat16>(this->sums[r][c], a[r], b);
+        for (int r = 0; r < R; ++r) {
+          float (&sums)[4] = this->sums[r][c];
+          if (!kFromZero) {
+            mma_pairs<kBFloat16>(sums, a[r], b);
+            continue;
+          }
+          float product[4] = {};
+          mma_pairs<kBFloat16>(product, a[r], b);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[e] += product[e];
+        }
       }
     }
   }

@@ -76,25 +76,50 @@ inline uint32_t reduce_max(uint32_t x) {
   return *std::max_element(lanes, lanes + kWarp);
 }
 
+// A sum as tensor cores make it, and the least exact of those of which it is known (A100;
+// arXiv:2512.07004): terms are truncated one bit below float32's last of the largest, added, and
+// the sum is truncated to float32. H100 keeps one bit more.
+template <size_t kTerms>
+float truncated_sum(const std::array<double, kTerms>& terms) {
+  double sum = 0, largest = 0;
+  for (const double term : terms) {
+    sum += term;
+    largest = std::max(largest, std::fabs(term));
+  }
+  if (sum - sum == 0 && largest > 0) {  // finite; in units of that bit, exactly
+    uint64_t bits;
+    std::memcpy(&bits, &largest, 8);
+    bits &= ~uint64_t(0) << 52;  // no mantissa: the power of two
+    double unit;
+    std::memcpy(&unit, &bits, 8);
+    unit *= 0x1p-24;
+    const double per_unit = 1 / unit;
+    int64_t units = 0;
+    for (const double term : terms) units += int64_t(term * per_unit);
+    sum = double(units) * unit;
+  }
+  const float rounded = float(sum);
+  return std::fabs(rounded) > std::fabs(sum) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
 // mma.sync: every lane gives its operands, 4 words of the left and 2 of the right, and takes its
 // part d of the product. Word w of an operand is at row or column lane / 4 (+ 8) and at word lane %
-// 4 (+ 4) of a row of 8; value(word, half) is a number in it, of `halves`. Sums are truncated to
-// float32, as tensor cores do, after each half of the words.
-template <class Value>
-void mma(float (&d)[4], const std::array<uint32_t, 6>& own, int halves, const Value& value) {
+// 4 (+ 4) of a row of 8; value(word, half) is a number in it, of kHalves. The products of each half
+// of the words are added to d at once.
+template <int kHalves, class Value>
+void mma(float (&d)[4], const std::array<uint32_t, 6>& own, const Value& value) {
   const std::array<uint32_t, 6>* lanes = gather(own, "mma");
   const int me = int(threadIdx.x) % kWarp;
   for (int e = 0; e < 4; ++e) {
     const int row = me / 4 + e / 2 * 8, column = me % 4 * 2 + e % 2;
     for (int p = 0; p < 8; p += 4) {
-      double sum = d[e];
-      for (int lane = 0; lane < 4; ++lane) {
-        const uint32_t left = lanes[row % 8 * 4 + lane][row / 8 + p / 2];
-        const uint32_t right = lanes[column * 4 + lane][4 + p / 4];
-        for (int half = 0; half < halves; ++half) sum += value(left, half) * value(right, half);
+      std::array<double, 1 + 4 * kHalves> terms{d[e]};
+      for (int at = 0; at < 4 * kHalves; ++at) {
+        const uint32_t left = lanes[row % 8 * 4 + at / kHalves][row / 8 + p / 2];
+        const uint32_t right = lanes[column * 4 + at / kHalves][4 + p / 4];
+        terms[1 + at] = value(left, at % kHalves) * value(right, at % kHalves);
       }
-      d[e] = float(sum);
-      if (std::fabs(d[e]) > std::fabs(sum)) d[e] = std::nextafter(d[e], 0.0f);
+      d[e] = truncated_sum(terms);
     }
   }
 }
@@ -107,7 +132,7 @@ inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
     const float x = from_bits(word);
     if (x - x == 0 && to_tf32(x) != x) fail("an operand of mma is not a TF32 number");
   }
-  mma(d, own, 1, [](uint32_t word, int) { return double(from_bits(word)); });
+  mma<1>(d, own, [](uint32_t word, int) { return double(from_bits(word)); });
 }
 
 inline void load_vector(const void* p, uint32_t (&words)[4]) {
@@ -158,8 +183,8 @@ inline float number(uint32_t word, int half, bool bfloat16) {
 
 inline void mma_pairs(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                       bool bfloat16) {
-  mma(d, {a[0], a[1], a[2], a[3], b[0], b[1]}, 2,
-      [=](uint32_t word, int half) { return double(number(word, half, bfloat16)); });
+  mma<2>(d, {a[0], a[1], a[2], a[3], b[0], b[1]},
+         [=](uint32_t word, int half) { return double(number(word, half, bfloat16)); });
 }
 
 inline uint32_t multiply_pair(uint32_t pair, float factor) {
