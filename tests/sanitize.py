@@ -49,7 +49,7 @@ HANGS = 600  # seconds; a thread that waits at a barrier alone waits for ever
 
 # A tensor that claims one more row than its memory has, given to a kernel.
 PLANT = """
-import numpy as np, torch, mmae_fast
+import numpy as np, torch, mmae_fast._C
 assert "sanitize" in mmae_fast._C.__file__, mmae_fast._C.__file__
 rows = np.zeros(63 * 64, dtype=np.float32)
 z = torch.from_numpy(np.lib.stride_tricks.as_strided(rows, (64, 64), (256, 4)))

@@ -104,6 +104,15 @@ def test_inputs(shape, kind):
         check(q, z, center=True, need_grad=smooth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_equal_rows_in_16_bits(dtype):
+    """Eager is nearly exact there; tensor cores, which truncate, must not add up long sums."""
+    for n, d in [(66, 70), (68, 200), (100, 300), (128, 130)]:
+        for q in (coding_rate(1e3), coding_rate(1.0), entropy(2.0)):
+            for kind in ("duplicates", "rank1"):
+                check(q, features(kind, 2, n, d, dtype=dtype))
+
+
 @pytest.mark.parametrize("shape", [(3, 1100), (1100, 3)], ids=str)
 def test_long_sums(shape):
     for q in QUANTITIES:

@@ -11,7 +11,7 @@
 // Ẑ is never written: rows are scaled and centred on their way into shared memory, and the
 // projection is an epilogue on the accumulators. gram computes the tiles of one triangle and writes
 // each twice, so that the result is exactly symmetric. How a block multiplies is a policy
-// (tiles.cuh); long sums run in two levels (kFlush).
+// (tiles.cuh); long sums run in two levels (kFlushDepth).
 #pragma once
 #include "rows.cuh"
 #include "tiles.cuh"
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
     }
     __syncthreads();  // both operands are complete
     product.tile.add(left, right, depth_of(Tile::kUnit));
-    if ((at + kDepth) % Tile::kFlush == 0) product.flush();
+    if ((at + kDepth) % kFlushDepth == 0) product.flush();
     __syncthreads();  // and read, before the next step overwrites them
   }
   product.flush();
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(ProductPlan::kThreads, 2)
     });
     __syncthreads();  // both operands are complete
     product.tile.add(left, right, kDepth);
-    if ((at + kDepth) % Tile::kFlush == 0) product.flush();
+    if ((at + kDepth) % kFlushDepth == 0) product.flush();
     __syncthreads();  // and read, before the next step overwrites them
   }
   product.flush();

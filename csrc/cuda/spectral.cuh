@@ -149,7 +149,7 @@ struct SpectralBlock {
         if (samples && center) along_part += center_stage(stage, sharers);
       if (tile.in_triangle(k)) tile.add(stage, stage, depth_of(Tile::kUnit));
       const bool last = at + kStep >= total;
-      if ((at + kStep) % Tile::kFlush == 0 || last) {
+      if ((at + kStep) % kFlushDepth == 0 || last) {
         flush(tile, first, last);
         first = false;
       }
@@ -233,7 +233,7 @@ struct SpectralBlock {
 
 // Blocks that a multiprocessor should have registers for: one where two would spill.
 template <class Tile>
-constexpr int blocks_of = Tile::kEntries <= 16 || Tile::kUnit == Unit::kPairs ? 2 : 1;
+constexpr int blocks_of = Tile::kEntries <= 16 ? 2 : 1;
 
 // f.z (batch, n, d); value (batch); weight (batch, k, k) or null. Grid: one block per matrix,
 // plan.threads threads, plan.shared_bytes of shared memory. c: coding rate only. PairTile: 16-bit

@@ -8,7 +8,6 @@
 //     slot(e), row_of_slot(s)      its rows, s < kSlots; sharing() neighbouring lanes share each,
 //                                  and as many in other warps, of which this is across()
 //     in_triangle(k)               whether its warp has any of the upper triangle, k x k
-//     kFlush                       products after which sums go to a second level
 //     kWholeLeft                   left operands have to be numbers of the tensor cores
 #pragma once
 #include "device.cuh"
@@ -59,7 +58,7 @@ template <class T, int R, int C>
 struct ThreadTile {
   using Word = T;
   static constexpr Unit kUnit = Unit::kDouble;
-  static constexpr int kEntries = R * C, kFlush = kFlushDepth, kSlots = R;
+  static constexpr int kEntries = R * C, kSlots = R;
   static constexpr bool kWholeLeft = false;
   const int side, ty, tx;
   T sums[R][C] = {};
@@ -196,7 +195,6 @@ struct WarpTile : WarpBlocks<R, C> {
   using Word = float;
   using WarpBlocks<R, C>::WarpBlocks;
   static constexpr Unit kUnit = Unit::kFloat;
-  static constexpr int kFlush = kFlushDepth;
   static constexpr bool kWholeLeft = kLeft == kWhole;
 
   template <int kPart, int N>
@@ -245,14 +243,11 @@ struct WarpTile : WarpBlocks<R, C> {
   }
 };
 
-// Exact products of 16-bit numbers; a step is a word of two. With many blocks there are no
-// registers to start at 0: sums are truncated, and flushed before they grow long.
+// Exact products of 16-bit numbers; a step is a word of two.
 template <int R, int C>
 struct PairTile : WarpBlocks<R, C> {
   using Word = uint32_t;
   static constexpr Unit kUnit = Unit::kPairs;
-  static constexpr bool kFromZero = R * C <= 4;
-  static constexpr int kFlush = kFromZero ? kFlushDepth : 128;
   static constexpr bool kWholeLeft = true;
   const bool bfloat16;
 
@@ -273,10 +268,6 @@ struct PairTile : WarpBlocks<R, C> {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           float (&sums)[4] = this->sums[r][c];
-          if (!kFromZero) {
-            mma_pairs<kBFloat16>(sums, a[r], b);
-            continue;
-          }
           float product[4] = {};
           mma_pairs<kBFloat16>(product, a[r], b);
 #pragma unroll
