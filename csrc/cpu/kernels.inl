@@ -80,7 +80,9 @@ void coding_rate(const Features& f, double scale, void* value, void* weight, Thr
 template <class T>
 bool entropy_in_lanes(const Features& f, int64_t k, double alpha, bool want_v, Threads threads) {
   if (alpha == 2) return product_in_lanes<T>(f, k, threads);
-  const int64_t most = needs_vectors<T>(alpha, want_v) ? kLanesVectors : kLanesValues;
+  const int64_t most = !needs_vectors<T>(alpha, want_v) ? kLanesValues
+                       : alpha < 1.5                    ? kLanesSingular
+                                                        : kLanesVectors;
   return !by_powers(alpha, k) && in_lanes<T>(f, k, most, threads);
 }
 

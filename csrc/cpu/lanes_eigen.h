@@ -206,6 +206,32 @@ Flags<T> ql_lanes(Vec<T>* d, Vec<T>* e, int64_t k, Vec<T>* q, int64_t ldq, int64
   return ~(at < order);
 }
 
+// Eigenvalues alone. Those that should be zero are noise, of which a von Neumann entropy sees the
+// sum: the rotations of large float32 matrices are float64, at O(k²) of O(k³), not to add to it.
+template <class T>
+Flags<T> eigenvalues_lanes(Vec<T>* d, Vec<T>* e, int64_t k) {
+  if constexpr (sizeof(T) == 4) {
+    if (k > kNarrowValues) {
+      constexpr int half = kLanes<double>;
+      Memory memory;
+      Vec<double>*wide_d = memory.take<Vec<double>>(k), *wide_e = memory.take<Vec<double>>(k);
+      Flags<T> converged{};
+      for (int first = 0; first < kLanes<T>; first += half) {
+        for (int64_t i = 0; i < k; ++i)
+          for (int m = 0; m < half; ++m)
+            wide_d[i][m] = d[i][first + m], wide_e[i][m] = e[i][first + m];
+        const Flags<double> found =
+            ql_lanes<double>(wide_d, wide_e, k, static_cast<Vec<double>*>(nullptr), 0, 0);
+        for (int m = 0; m < half; ++m) converged[first + m] = found[m] ? -1 : 0;
+        for (int64_t i = 0; i < k; ++i)
+          for (int m = 0; m < half; ++m) d[i][first + m] = T(wide_d[i][m]);
+      }
+      return converged;
+    }
+  }
+  return ql_lanes<T>(d, e, k, static_cast<Vec<T>*>(nullptr), 0, 0);
+}
+
 // v (packed) = sum_r f_r q_r q_rᵀ, q_r the columns of q (rows to whole blocks of LB exist).
 template <class T>
 void spectral_lanes(const Vec<T>* q, const Vec<T>* f, int64_t k, int64_t ldq, Vec<T>* v) {

@@ -73,7 +73,7 @@ struct LaneEntropy {
       form_q_lanes<T>(a, k, ld, t, q, ld);
       for (int64_t i = k * ld; i < order * ld; ++i) q[i] = Vec<T>{};
     }
-    const Flags<T> converged = ql_lanes<T>(d, e, k, q, ld, k);
+    const Flags<T> converged = v ? ql_lanes<T>(d, e, k, q, ld, k) : eigenvalues_lanes<T>(d, e, k);
     Vec<T>* f = e;  // the off-diagonal is zero by now
     double* lam = memory.take<double>(k);
     T* spectral = memory.take<T>(k);
@@ -96,7 +96,7 @@ struct LaneEntropy {
     Vec<T>*values = memory.take<Vec<T>>(k), *off = memory.take<Vec<T>>(k);
     std::copy_n(d, k, values);
     std::copy_n(e, k, off);
-    const Flags<T> converged = ql_lanes<T>(values, off, k, static_cast<Vec<T>*>(nullptr), 0, 0);
+    const Flags<T> converged = eigenvalues_lanes<T>(values, off, k);
     double *lam = memory.take<double>(k), inverse_c[VL];
     for (int m = 0; m < VL; ++m) {
       failed[m] |= !converged[m];

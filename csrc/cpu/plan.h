@@ -9,6 +9,7 @@
 // | alpha = 3, 4 ... 16 | k <= 16                          | powers, k > 16        | powers           |
 // | alpha = 1 (float32) | k <= 256                         | k <= 256              | - (LAPACK above) |
 // | other alpha         | k <= 200, without gradient 256   | k <= 256              | - (LAPACK above) |
+// | alpha < 1.5         | k <= 64, without gradient 256    | k <= 256              | - (LAPACK above) |
 // | gradient of z       | -                                | batch >= threads      | batch < threads  |
 // clang-format on
 //
@@ -31,6 +32,16 @@
 
 constexpr int64_t kLanesProduct = 32, kLanesFactor = 160;
 constexpr int64_t kLanesValues = 256, kLanesVectors = 200;
+
+// alpha < 1 magnifies the noise of eigenvalues near zero, which rotating vectors in float32 adds
+// to: 0.8 of what the accuracy rule allows at k = 66, 1.6 at 130. Alone a matrix is rotated in
+// float64.
+constexpr int64_t kLanesSingular = 64;
+
+// Orders up to which float32 eigenvalues in lanes are rotated in float32: the noise of rows that
+// repeat 3 is 0.8 of what the accuracy rule allows at k = 97, 1.0 at 128, 1.2 at 256; in float64,
+// at four times the cost (64 x 197 x 768: 60 and 80 ms for value and weight), 0.2.
+constexpr int64_t kNarrowValues = 96;
 
 // Entries of z above which the lanes take finished Gram matrices and not features: kLanes matrices
 // are read at once there, and long rows of so many do not stay in a cache (512 x 32 x 256, alpha =
