@@ -40,7 +40,7 @@ constexpr int64_t kLanesSingular = 64;
 
 // Orders up to which float32 eigenvalues in lanes are rotated in float32: the noise of rows that
 // repeat 3 is 0.8 of what the accuracy rule allows at k = 97, 1.0 at 128, 1.2 at 256; in float64,
-// at four times the cost (64 x 197 x 768: 60 and 80 ms for value and weight), 0.2.
+// at four times the cost (64 x 197 x 768: 60 and 66 ms for value and weight), 0.2.
 constexpr int64_t kNarrowValues = 96;
 
 // Entries of z above which the lanes take finished Gram matrices and not features: kLanes matrices
