@@ -155,16 +155,20 @@ std::tuple<Tensor, Tensor> coding_rate(const Tensor& z, const std::optional<Tens
   return {out.value, out.weight};
 }
 
-void check_entropy(double alpha, int64_t k) {
-  STD_TORCH_CHECK(kernels().serves_entropy(alpha, k), "mmae_fast: no compiled entropy of order ",
-                  alpha, " for k = ", k);
+bool serves_entropy(const Tensor& z, double alpha, int64_t k) {
+  return kernels().serves_entropy(dtype_of(z), alpha, k);
+}
+
+void check_entropy(const Tensor& z, double alpha, int64_t k) {
+  STD_TORCH_CHECK(serves_entropy(z, alpha, k), "mmae_fast: no compiled entropy of order ", alpha,
+                  " for k = ", k);
 }
 
 std::tuple<Tensor, Tensor> entropy(const Tensor& z, const std::optional<Tensor>& mask, double alpha,
                                    bool normalize, bool center, bool need_weight) {
   const Features f = describe(z, mask, normalize, center);
   Outputs out = allocate(z, f, need_weight);
-  check_entropy(alpha, f.k());
+  check_entropy(z, alpha, f.k());
   kernels().entropy(f, alpha, out.value.mutable_data_ptr(),
                     need_weight ? out.weight.mutable_data_ptr() : nullptr, threads());
   return {out.value, out.weight};
@@ -177,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> joint_entropy(const Tensor& z1, const Tensor&
   const Features f2 = describe(z2, mask, normalize, center);
   STD_TORCH_CHECK(batch_shape(z1) == batch_shape(z2) && f1.n == f2.n && f1.dtype == f2.dtype,
                   "mmae_fast: two views must agree in batch, rows and dtype");
-  check_entropy(alpha, f1.n);
+  check_entropy(z1, alpha, f1.n);
   std::vector<int64_t> shape = batch_shape(z1);
   Tensor value = empty(z1, shape, accumulation_type(z1));
   if (need_weight)
@@ -206,7 +210,7 @@ std::tuple<Tensor, Tensor> gram_entropy(const Tensor& gram, double alpha, bool n
   Tensor value = empty(gram, shape, gram.scalar_type());
   const int64_t batch = value.numel();
   check_contiguous(gram, gram, batch * k * k, "gram");
-  check_entropy(alpha, k);
+  check_entropy(gram, alpha, k);
   if (need_weight)
     shape.insert(shape.end(), 2, k);
   else
@@ -282,7 +286,6 @@ Tensor weight_bwd(const Tensor& grad, const Tensor& z, const std::optional<Tenso
 }
 
 std::string isa() { return kernels().name; }
-bool serves_entropy(double alpha, int64_t k) { return kernels().serves_entropy(alpha, k); }
 int64_t max_eigen() { return kernels().max_eigen; }
 
 }  // namespace
@@ -313,7 +316,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmae_fast, m) {
       "bool normalize, bool center) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("cpu_max_eigen() -> int");
-  m.def("cpu_serves_entropy(float alpha, int k) -> bool");
+  m.def("cpu_serves_entropy(Tensor z, float alpha, int k) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmae_fast, CPU, m) {

@@ -77,10 +77,11 @@ def fast_matrix_entropy(
         z: features, shape ``(..., n, d)``, any strides; float32, bfloat16, float16 or float64.
         alpha: order, > 0; 1 is von Neumann, 2 is ``-log ||rho||_F^2`` (no factorisation), ``inf``
             is ``-log lambda_max``.
-        method: how the von Neumann entropy is computed. "eigen": from eigenvalues. "rational":
-            from a few Cholesky factors, to within k ||rho||_F times 4.8e-7 (float32) or 3.8e-10
-            (float64); docs/algorithms.md has the errors of the gradient, and what it costs.
-            alpha = 1 only.
+        method: how the von Neumann entropy is computed. "eigen": from eigenvalues or, in float32 by
+            the compiled CPU kernels, by what is as accurate and faster. "rational": from a few
+            Cholesky factors of the whole matrix, to within k ||rho||_F times 4.8e-7 (float32) or
+            3.8e-10 (float64); docs/algorithms.md has the errors of the gradient, and what it
+            costs. alpha = 1 only.
         normalize: divide rows by their norm (zero rows stay zero).
         center: subtract the mean row, after normalisation, over the rows kept.
         mask: bool, shape ``(..., n)``; rows where it is False (padding) are dropped.

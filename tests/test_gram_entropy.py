@@ -70,6 +70,24 @@ def test_degenerate(alpha, backend):
         assert value.shape == shape[:-2] and (value == 0).all() and v.shape == shape
 
 
+@pytest.mark.parametrize("k", (50, 150, 300))
+@pytest.mark.parametrize("size", (1e-6, 1e-4, 1e-2))
+def test_von_neumann_of_matrices_that_are_not_positive(k, size):
+    """Eigenvalues below zero count as zero; what is below by rounding may count as rounding."""
+    z = features("rank3", 20, k, k)
+    noise = features("gaussian", 20, k, k, seed=1)
+    g = z @ z.mT
+    g = g + size * g.diagonal(dim1=-2, dim2=-1).mean() * (noise + noise.mT)
+    truth = reference.entropy_of_gram(g.double(), 1.0)
+    lam = torch.linalg.eigvalsh(g.double())
+    below = torch.special.entr(-lam[:, 0] / lam.sum(-1)).max()
+    allowed = 1e-5 * math.sqrt(k) + (k * below if size == 1e-6 else 0)
+    for some in (g, g[:1]):  # in lanes and not
+        value, v = module("cpu").gram_entropy_fwd(some, 1.0, True)
+        assert ((value.double() - truth[: len(some)]).abs() < allowed).all()
+        assert v.isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_infinite_matrix_of_one_entry(backend):
     """1 / (1 + inf) is 0, which would look like a gradient."""

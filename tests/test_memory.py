@@ -31,7 +31,7 @@ QUANTITIES = {
     "rational": lambda z, **o: fast_matrix_entropy(z, 1, method="rational", **o),
 }
 # Matrices of k x k that a call may need; docs/algorithms.md says which they are.
-CPU = {"coding rate": 3, "alpha = 2": 3, "alpha = 3": 5}
+CPU = {"coding rate": 3, "alpha = 2": 3, "alpha = 3": 5, "eigen": 6}
 PYTORCH = {"coding rate": 3, "alpha = 2": 3, "eigen": 4.1, "rational": 4.1}
 
 

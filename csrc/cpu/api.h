@@ -39,8 +39,10 @@ struct Threads {
 // gradient is wanted.
 struct Kernels {
   const char* name;
-  int64_t max_eigen;                                // largest k of the eigensolver
-  bool (*serves_entropy)(double alpha, int64_t k);  // whether the entropies accept them
+  int64_t max_eigen;  // largest k of the eigensolver
+  // Whether the entropies accept these; of a k above max_eigen they may be NaN where the Gram matrix
+  // is indefinite by more than its rounding.
+  bool (*serves_entropy)(DType, double alpha, int64_t k);
   void (*coding_rate)(const Features&, double scale, void* value, void* weight, Threads);
   void (*entropy)(const Features&, double alpha, void* value, void* weight, Threads);
   // Of K1 ⊙ K2 (n x n): two views of the same batch, rows and dtype; weights (batch, n, n).

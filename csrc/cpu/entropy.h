@@ -219,9 +219,15 @@ struct EntropyTask {
   }
 };
 
+template <class T>
+bool by_blocks(double alpha, int64_t k) {
+  return by_poles<T>(alpha) && k >= kBlocksFrom;
+}
+
 // Matrices whose QL sweeps are interleaved.
-inline int64_t entropy_group(double alpha, int64_t k) {
-  return alpha == 2 || by_powers(alpha, k) ? 1 : kQlGroup;
+template <class T>
+int64_t entropy_group(double alpha, int64_t k) {
+  return alpha == 2 || by_powers(alpha, k) || by_blocks<T>(alpha, k) ? 1 : kQlGroup;
 }
 
 // H and, if wanted, V of up to entropy_group(alpha, k) matrices. g becomes full or, without
@@ -237,6 +243,12 @@ void entropies(std::vector<EntropyTask<T>>& tasks, double alpha, bool want_v, bo
     if (task.empty() || !std::isfinite(task.tau)) continue;
     const bool eigen = alpha != 2 && !by_powers(alpha, k);
     if (want_v || alpha != 2) mirror<T, true>(task.g, k, ld, executor);
+    if constexpr (sizeof(T) == 4)
+      if (by_blocks<T>(alpha, k)) {
+        if (want_v) task.v = memory.take<T>(std::max(ld * ld, blocks_entries(k)));
+        task.h = entropy_by_blocks(task.g, k, ld, task.tau, task.v, executor);
+        if (std::isfinite(task.h) || k > kMaxEigen) continue;
+      }
     if (want_v || eigen) task.v = keep_g || eigen ? memory.take<T>(ld * ld) : task.g;
     if (eigen) {
       states.push_back(task.reduce(want_v, memory));
@@ -270,7 +282,7 @@ bool trivial_weight(const EntropyTask<T>& task, T* weight) {
 template <class S, class T>
 void entropy_range(const Features& f, double alpha, T* value, T* weight, int64_t begin, int64_t end,
                    const Executor& executor) {
-  const int64_t k = f.k(), group = entropy_group(alpha, k);
+  const int64_t k = f.k(), group = entropy_group<T>(alpha, k);
   std::vector<Gram<S, T>> grams;
   std::vector<EntropyTask<T>> tasks;
   grams.reserve(size_t(group));
@@ -318,7 +330,7 @@ T unit_scale(const T* g, int64_t k, int64_t ld) {
 template <class S, class T>
 void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T* value, T* weight1,
                          T* weight2, int64_t begin, int64_t end, const Executor& executor) {
-  const int64_t n = f1.n, group = entropy_group(alpha, n);
+  const int64_t n = f1.n, group = entropy_group<T>(alpha, n);
   std::vector<Gram<S, T>> first_views, second_views;
   std::vector<T> first_scales, second_scales;
   std::vector<EntropyTask<T>> tasks;
@@ -368,7 +380,7 @@ void joint_entropy_range(const Features& f1, const Features& f2, double alpha, T
 template <class T>
 void gram_entropy_range(const T* gram, int64_t k, double alpha, T* value, T* v, int64_t begin,
                         int64_t end, const Executor& executor) {
-  const int64_t ld = padded<T>(k), group = entropy_group(alpha, k);
+  const int64_t ld = padded<T>(k), group = entropy_group<T>(alpha, k);
   std::vector<EntropyTask<T>> tasks;
   std::vector<T> scales;
   for (int64_t first = begin; first < end; first += group) {

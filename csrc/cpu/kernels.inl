@@ -27,10 +27,13 @@ namespace MMAE_ISA {
 #include "threads.h"
 #include "gemm.h"
 #include "plan.h"
+#include "poles.h"
 #include "factor.h"
 #include "eigen.h"
 #include "rows.h"
 #include "gram.h"
+#include "blocks.h"
+#include "blocks_log.h"
 #include "entropy.h"
 #include "backward.h"
 #include "lanes.h"
@@ -80,14 +83,16 @@ void coding_rate(const Features& f, double scale, void* value, void* weight, Thr
 template <class T>
 bool entropy_in_lanes(const Features& f, int64_t k, double alpha, bool want_v, Threads threads) {
   if (alpha == 2) return product_in_lanes<T>(f, k, threads);
-  const int64_t most = !needs_vectors<T>(alpha, want_v) ? kLanesValues
-                       : alpha < 1.5                    ? kLanesSingular
-                                                        : kLanesVectors;
+  const int64_t most = by_poles<T>(alpha) || !want_v ? kLanesValues
+                       : alpha < 1.5                 ? kLanesSingular
+                                                     : kLanesVectors;
   return !by_powers(alpha, k) && in_lanes<T>(f, k, most, threads);
 }
 
-bool serves_entropy(double alpha, int64_t k) {
-  return alpha == 2 || k <= kMaxEigen || by_powers(alpha, k);
+bool serves_entropy(DType dtype, double alpha, int64_t k) {
+  const bool blocks =
+      dtype == DType::kFloat64 ? by_blocks<double>(alpha, k) : by_blocks<float>(alpha, k);
+  return alpha == 2 || k <= kMaxEigen || by_powers(alpha, k) || blocks;
 }
 
 void entropy(const Features& f, double alpha, void* value, void* weight, Threads threads) {

@@ -57,7 +57,7 @@ struct LaneEntropy {
     }
   }
 
-  // H from eigenvalues; V from eigenvectors or, for float32 and alpha = 1, without them.
+  // H from eigenvalues, V from eigenvectors; for float32 and alpha = 1 without either.
   void of_spectrum(const Vec<T>* g, int64_t k, int64_t order, double alpha, Vec<T> inverse) {
     Memory memory;
     // An odd stride: rows an even number of lines apart would share the sets of a cache.
@@ -67,7 +67,8 @@ struct LaneEntropy {
     for (int64_t i = 0; i < k; ++i)
       for (int64_t j = 0; j <= i; ++j) a[i * ld + j] = inverse * g[packed_row(i) + j];
     tridiagonalize_lanes<T>(a, k, ld, d, e, t);
-    if (v && !needs_vectors<T>(alpha, true)) return of_order_1(a, k, order, ld, d, e, t, inverse);
+    if constexpr (sizeof(T) == 4)
+      if (by_poles<T>(alpha)) return of_order_1(a, k, order, ld, d, e, t, inverse);
     if (v) {
       q = memory.take<Vec<T>>(order * ld);
       form_q_lanes<T>(a, k, ld, t, q, ld);
@@ -89,31 +90,14 @@ struct LaneEntropy {
     if (v) spectral_lanes<T>(q, f, k, ld, v);
   }
 
-  // The same for the tridiagonal (d, e) of a: v = -log rho - H.
+  // The same for the tridiagonal (d, e) of a, without the spectrum.
   void of_order_1(Vec<T>* a, int64_t k, int64_t order, int64_t ld, const Vec<T>* d, const Vec<T>* e,
                   const Vec<T>* t, Vec<T> inverse) {
     Memory memory;
-    Vec<T>*values = memory.take<Vec<T>>(k), *off = memory.take<Vec<T>>(k);
-    std::copy_n(d, k, values);
-    std::copy_n(e, k, off);
-    const Flags<T> converged = eigenvalues_lanes<T>(values, off, k);
-    double *lam = memory.take<double>(k), inverse_c[VL];
-    for (int m = 0; m < VL; ++m) {
-      failed[m] |= !converged[m];
-      const bool some = !failed[m] && inverse[m] > 0;
-      double least = 1, largest = some ? 0 : 1;
-      for (int64_t r = 0; r < k; ++r) {
-        lam[r] = some ? double(values[r][m]) : 1;
-        least = std::min(least, lam[r]);
-        largest = std::max(largest, lam[r]);
-      }
-      value[m] = entropy_of_spectrum<T>(lam, k, 1, static_cast<T*>(nullptr));
-      // Noise below zero must stay well above the smallest pole.
-      const double c = std::max(largest, -4 / kPoleShift[0] * least);
-      inverse_c[m] = 1 / c;
-    }
-    const Flags<T> definite = minus_log_tridiagonal<T>(d, e, inverse_c, k, a, ld);
-    for (int m = 0; m < VL; ++m) failed[m] |= !definite[m];
+    LaneLog<T> log(d, e, k, memory);
+    for (int m = 0; m < VL; ++m) failed[m] |= !log.definite[m];
+    log.entropy(value, v ? a : nullptr, ld);
+    if (!v) return;
     transform_back_lanes<T>(a, k, ld, t);
     for (int64_t i = 0; i < k; ++i) std::copy_n(a + i * ld, i + 1, v + packed_row(i));
     for (int64_t i = packed_row(k); i < packed_row(order); ++i) v[i] = Vec<T>{};

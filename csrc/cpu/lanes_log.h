@@ -1,149 +1,170 @@
-// The derivative of the von Neumann entropy without eigenvectors, one matrix per vector lane.
-// Included inside an instruction-set namespace after lanes_eigen.h.
+// The von Neumann entropy of tridiagonal matrices and its derivative without eigenvalues (poles.h),
+// one matrix per vector lane. Included inside an instruction-set namespace after lanes_eigen.h.
 //
-// V = dH / d rho = -log rho - H I needs log rho, of which rho = Q T Qᵀ leaves the logarithm of a
-// tridiagonal matrix. As in mmae_fast/backends/rational.py, on the spectrum scaled to [0, 1],
+// rho = Q T Qᵀ leaves the inverses X of T + uI, for every pole u, which take O(k²): with the pivots
+// from the bottom, eta_i = d_i + u - e_i² / eta_{i+1},
 //
-//     -log x ≈ b + sum_p w_p / (x + u_p),        |error| <= 1e-8 / x:
+//     X_jj = 1 / eta_j + (e_{j-1} / eta_j)² X_{j-1,j-1},    X_{i+1,j} = -e_i / eta_{i+1} X_ij,  i
+//     >= j.
 //
-// below what rounding of rho to float32 does to log x, 6e-8 / x. The inverse of a tridiagonal
-// matrix takes O(k²): with the pivots of T + uI from the top (delta) and from the bottom (eta),
-//
-//     X_jj = 1 / (eta_j - e_{j-1}² / delta_{j-1}),    X_{i+1,j} = -e_i / eta_{i+1} X_ij  for i >=
-//     j.
-//
-// Products only, of the same signs for every pole, so entries keep their relative accuracy; pivots,
-// where the rounding would count, are float64. Then V = Q (.) Qᵀ, in the place of the triangle. All
-// in all 4 k³ flops instead of the 9 k³ and more of eigenvectors by QL.
+// No differences but in the pivots, and entries of the same signs for every pole, so they keep
+// their relative accuracy; pivots and diagonals are float64, since the smallest pole, 1.6e-7, would
+// drown in T's rounding. Then V = Q (.) Qᵀ, in the place of the triangle. All in all 4 k³ flops
+// instead of the 9 k³ and more of eigenvectors by QL.
 
-// Whether V takes the eigenvectors: the approximation is one for float32.
+constexpr int kPolesAtOnce = 4;
+
+// The tridiagonal matrices of kLanes lanes in float64, lane after lane for every row, divided by c.
 template <class T>
-bool needs_vectors(double alpha, bool want_v) {
-  return want_v && !(alpha == 1 && sizeof(T) == 4);
-}
+struct LaneLog {
+  static constexpr int VL = kLanes<T>;
+  const int64_t k;
+  double *full, *off, *square;  // diagonal, off-diagonal (the last 0) and its square
+  double *inverse, *entry;      // of a pole: 1 / eta_j, w X_jj
+  double trace[VL], c[VL];
+  bool definite[VL];
 
-// Best approximations by 12 poles (python -m benchmarks.rational).
-constexpr int kPoles = 12, kPolesAtOnce = 4;
-constexpr double kPoleShift[kPoles] = {
-    1.64068667856157e-07, 3.01075375829246e-06, 2.51307886684058e-05, 0.000145487058163255,
-    0.000673436845898288, 0.00267153968874276,  0.0094681103045413,   0.0309183809928875,
-    0.0960884476443772,   0.299548965309168,    1.06258122853185,     6.88947221034193};
-constexpr double kPoleWeight[kPoles] = {
-    6.08474229520899e-07, 7.21111034853513e-06, 4.78661338297228e-05, 0.000236982915452072,
-    0.000974256858869363, 0.00351578515442211,  0.0115463792520441,   0.0356323185681541,
-    0.107951129890304,    0.350150866610075,    1.51128326017592,     18.5455049685664};
-
-// One pole u of weight w, for the matrix of diagonal `full` and squared off-diagonal `square` (k
-// rows of kLanes, the last 0): eta, entry = w X_jj, which is added to diagonal too, and `least`
-// lowered to the smallest pivot, which is not positive where T + uI is not positive definite.
-template <int VL>
-void pole_pivots(const double* full, const double* square, int64_t k, double u, double w,
-                 double* eta, double* entry, double* diagonal, double* least) {
-  double next[VL] = {}, low[VL];
-  for (int m = 0; m < VL; ++m) low[m] = least[m];
-  for (int64_t i = (k - 1) * VL; i >= 0; i -= VL)
-    for (int m = 0; m < VL; ++m) {
-      const double pivot = full[i + m] + u - next[m];
-      low[m] = std::min(low[m], pivot);
-      eta[i + m] = pivot;
-      // What row i takes from the pivot of the row before it.
-      next[m] = i > 0 ? square[i - VL + m] / pivot : 0;
-    }
-  double above[VL] = {};
-  for (int64_t i = 0; i < k * VL; i += VL)
-    for (int m = 0; m < VL; ++m) {
-      const double delta = full[i + m] + u - above[m];
-      low[m] = std::min(low[m], delta);
-      entry[i + m] = w / (eta[i + m] - above[m]);
-      diagonal[i + m] += entry[i + m];
-      above[m] = square[i + m] / delta;
-    }
-  for (int m = 0; m < VL; ++m) least[m] = low[m];
-}
-
-// Entries far from the diagonal vanish; on the way numbers too small to be normal would cost an
-// interruption each.
-struct FlushToZero {
-#if defined(__x86_64__)
-  const unsigned before = _mm_getcsr();
-  FlushToZero() { _mm_setcsr(before | 0x8040); }
-  ~FlushToZero() { _mm_setcsr(before); }
-#endif
-};
-
-// The lower triangle of a (row stride lda) = F - tr(T F) / tr(T) I, F = sum_p w_p (T / c + u_p)⁻¹:
-// the multiples of I in log T, the slope b and H with the error of the approximation cancel.
-// Returns the lanes where all of these matrices are positive definite.
-template <class T>
-Flags<T> minus_log_tridiagonal(const Vec<T>* d, const Vec<T>* e, const double* inverse_c, int64_t k,
-                               Vec<T>* a, int64_t lda) {
-  constexpr int VL = kLanes<T>, P = kPolesAtOnce, C = 4;
-  Memory memory;
-  [[maybe_unused]] const FlushToZero flush;
-  double *full = memory.take<double>(k * VL), *square = memory.take<double>(k * VL),
-         *off = memory.take<double>(k * VL), *eta = memory.take<double>(k * VL),
-         *entry = memory.take<double>(k * VL), *diagonal = memory.take<double>(k * VL);
-  const auto wide = [&](const Vec<T>* x, double* to) {
+  LaneLog(const Vec<T>* d, const Vec<T>* e, int64_t order, Memory& memory) : k(order) {
+    for (double** row : {&full, &off, &square, &inverse, &entry})
+      *row = memory.take<double>(k * VL);
+    double widest[VL] = {}, norm[VL] = {}, before[VL] = {};
+    for (int m = 0; m < VL; ++m) trace[m] = 0;
     for (int64_t i = 0; i < k; ++i) {
-      T lanes[VL];
-      store(lanes, x[i]);
-      for (int m = 0; m < VL; ++m) to[i * VL + m] = double(lanes[m]) * inverse_c[m];
-    }
-  };
-  wide(d, full);
-  wide(e, off);
-  for (int64_t i = 0; i < k * VL; ++i) square[i] = off[i] * off[i], diagonal[i] = 0;
-  Vec<T>*start[P], *ratio[P];
-  for (int p = 0; p < P; ++p) start[p] = memory.take<Vec<T>>(k), ratio[p] = memory.take<Vec<T>>(k);
-  double least[VL];
-  std::fill_n(least, VL, 1.0);
-  for (int first = 0; first < kPoles; first += P) {
-    for (int p = 0; p < P; ++p) {
-      pole_pivots<VL>(full, square, k, kPoleShift[first + p], kPoleWeight[first + p], eta, entry,
-                      diagonal, least);
-      T* to = reinterpret_cast<T*>(start[p]);
-      for (int64_t i = 0; i < k * VL; ++i) to[i] = T(entry[i]);
-      to = reinterpret_cast<T*>(ratio[p]);
-      for (int64_t i = VL; i < k * VL; ++i) to[i] = T(-off[i - VL] / eta[i]);
-      ratio[p][0] = Vec<T>{};
-    }
-    // C columns at a time; column j0 + c begins below the diagonal.
-    for (int64_t j0 = 0; j0 < k; j0 += C) {
-      Vec<T> x[P][C] = {};
-      for (int64_t i = j0; i < k; ++i) {
-        Vec<T>* to = a + i * lda + j0;
-        Vec<T> sum[C] = {};
-        for (int p = 0; p < P; ++p)
-          for (int c = 0; c < C; ++c) {
-            x[p][c] *= ratio[p][i];
-            sum[c] += x[p][c];
-          }
-        const int64_t width = std::min<int64_t>(C, i - j0);
-        for (int c = 0; c < width; ++c) to[c] = first ? to[c] + sum[c] : sum[c];
-        if (i < j0 + C)
-          for (int p = 0; p < P; ++p) x[p][i - j0] = start[p][i];
+      T x[VL], y[VL];
+      store(x, d[i]);
+      store(y, e[i]);
+      for (int m = 0; m < VL; ++m) {
+        const double diagonal = x[m], beside = i + 1 < k ? y[m] : 0;
+        full[i * VL + m] = diagonal;
+        off[i * VL + m] = beside;
+        trace[m] += diagonal;
+        norm[m] += diagonal * diagonal + 2 * beside * beside;
+        widest[m] =
+            std::max(widest[m], std::abs(diagonal) + std::abs(beside) + std::abs(before[m]));
+        before[m] = beside;
       }
     }
-  }
-  double trace[VL] = {}, sum[VL] = {};
-  for (int64_t i = 0; i < k; ++i) {
-    T beside[VL] = {};
-    if (i + 1 < k) store(beside, a[(i + 1) * lda + i]);
+    // No eigenvalue is larger than either norm. Noise below zero must stay above the smallest pole,
+    // then it does above the others: how large it is shows when it does not.
+    double factor[VL];
     for (int m = 0; m < VL; ++m) {
-      trace[m] += full[i * VL + m];
-      sum[m] += full[i * VL + m] * diagonal[i * VL + m] + 2 * off[i * VL + m] * double(beside[m]);
+      c[m] = std::min(std::sqrt(norm[m]), widest[m]);
+      if (!(c[m] > 0)) c[m] = 1;  // of a lane without rows, or one that failed before
+      factor[m] = 1 / c[m];
+    }
+    for (int tries = 0; tries < kTries; ++tries) {
+      for (int64_t i = 0; i < k * VL; i += VL)
+        for (int m = 0; m < VL; ++m) {
+          full[i + m] *= factor[m];
+          off[i + m] *= factor[m];
+          square[i + m] = off[i + m] * off[i + m];
+        }
+      double least[VL];
+      pivots(kLeastShift, least);
+      bool all = true;
+      for (int m = 0; m < VL; ++m) {
+        definite[m] = least[m] > 0;
+        all &= definite[m];
+        factor[m] = definite[m] ? 1 : 0.5;
+        if (!definite[m] && tries + 1 < kTries) c[m] *= 2;
+      }
+      if (all) break;
     }
   }
-  for (int m = 0; m < VL; ++m) sum[m] = trace[m] > 0 ? sum[m] / trace[m] : 0;
-  for (int64_t i = 0; i < k; ++i) {
-    T lanes[VL];
-    for (int m = 0; m < VL; ++m) lanes[m] = T(diagonal[i * VL + m] - sum[m]);
-    a[i * lda + i] = load(lanes);
+
+  // H of T. With a, whose row stride is lda, its lower triangle becomes F - tr(T F) / tr(T) I.
+  void entropy(double* h, Vec<T>* a, int64_t lda) {
+    constexpr int P = kPolesAtOnce, C = 4;
+    Memory memory;
+    [[maybe_unused]] const FlushToZero flush;
+    double sum[VL] = {};
+    double* diagonal = a ? memory.take<double>(k * VL) : nullptr;
+    if (a) std::fill_n(diagonal, k * VL, 0.0);
+    Vec<T>*start[P], *ratio[P];
+    for (int p = 0; p < P && a; ++p)
+      start[p] = memory.take<Vec<T>>(k), ratio[p] = memory.take<Vec<T>>(k);
+    for (int first = 0; first < kPoles; first += P) {
+      for (int p = 0; p < P; ++p) {
+        inverses(kPoleShift[first + p], kPoleWeight[first + p], sum);
+        if (!a) continue;
+        T* to = reinterpret_cast<T*>(start[p]);
+        for (int64_t i = 0; i < k * VL; ++i) to[i] = T(entry[i]), diagonal[i] += entry[i];
+        to = reinterpret_cast<T*>(ratio[p]);
+        for (int64_t i = VL; i < k * VL; ++i) to[i] = T(-off[i - VL] * inverse[i]);
+        ratio[p][0] = Vec<T>{};
+      }
+      // C columns at a time; column j0 + c begins below the diagonal.
+      for (int64_t j0 = 0; a && j0 < k; j0 += C) {
+        Vec<T> x[P][C] = {};
+        for (int64_t i = j0; i < k; ++i) {
+          Vec<T>* to = a + i * lda + j0;
+          Vec<T> added[C] = {};
+          for (int p = 0; p < P; ++p)
+            for (int q = 0; q < C; ++q) {
+              x[p][q] *= ratio[p][i];
+              added[q] += x[p][q];
+            }
+          const int64_t width = std::min<int64_t>(C, i - j0);
+          for (int q = 0; q < width; ++q) to[q] = first ? to[q] + added[q] : added[q];
+          if (i < j0 + C)
+            for (int p = 0; p < P; ++p) x[p][i - j0] = start[p][i];
+        }
+      }
+    }
+    for (int m = 0; m < VL; ++m) h[m] = c[m] * sum[m] + (kPoleSlope - std::log(c[m])) * trace[m];
+    if (a) subtract_projection(diagonal, a, lda);
   }
-  Flags<T> definite;
-  for (int m = 0; m < VL; ++m) definite[m] = least[m] > 0 ? -1 : 0;
-  return definite;
-}
+
+ private:
+  // 1 / eta_j; *least: the smallest pivot, which is not positive (or NaN) where T + uI is not
+  // positive definite.
+  void pivots(double u, double* least) {
+    double next[VL] = {};
+    for (int m = 0; m < VL; ++m) least[m] = 1;
+    for (int64_t i = (k - 1) * VL; i >= 0; i -= VL)
+      for (int m = 0; m < VL; ++m) {
+        const double pivot = full[i + m] + u - next[m];
+        least[m] = pivot >= least[m] ? least[m] : pivot;
+        inverse[i + m] = 1 / pivot;
+        // What row i takes from the pivot of the row before it.
+        next[m] = i > 0 ? square[i - VL + m] * inverse[i + m] : 0;
+      }
+  }
+
+  // w X_jj, and sum += w (k - u tr X).
+  void inverses(double u, double w, double* sum) {
+    double least[VL], x[VL] = {}, total[VL] = {};
+    pivots(u, least);
+    for (int64_t i = 0; i < k * VL; i += VL)
+      for (int m = 0; m < VL; ++m) {
+        const double r = inverse[i + m];
+        x[m] = w * r + (i > 0 ? square[i - VL + m] * r * r * x[m] : 0);
+        entry[i + m] = x[m];
+        total[m] += x[m];
+      }
+    for (int m = 0; m < VL; ++m) sum[m] += w * double(k) - u * total[m];
+  }
+
+  void subtract_projection(const double* diagonal, Vec<T>* a, int64_t lda) const {
+    double product[VL] = {}, scaled_trace[VL] = {};
+    for (int64_t i = 0; i < k; ++i) {
+      T beside[VL] = {};
+      if (i + 1 < k) store(beside, a[(i + 1) * lda + i]);
+      for (int m = 0; m < VL; ++m) {
+        scaled_trace[m] += full[i * VL + m];
+        product[m] +=
+            full[i * VL + m] * diagonal[i * VL + m] + 2 * off[i * VL + m] * double(beside[m]);
+      }
+    }
+    for (int m = 0; m < VL; ++m)
+      product[m] = scaled_trace[m] > 0 ? product[m] / scaled_trace[m] : 0;
+    for (int64_t i = 0; i < k; ++i) {
+      T lanes[VL];
+      for (int m = 0; m < VL; ++m) lanes[m] = T(diagonal[i * VL + m] - product[m]);
+      a[i * lda + i] = load(lanes);
+    }
+  }
+};
 
 // a = Q a Qᵀ for the Q of tridiagonalize_lanes: the lower triangle of a, whose rows keep the
 // reflectors above the diagonal.

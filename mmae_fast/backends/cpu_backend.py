@@ -1,10 +1,11 @@
-"""The compiled CPU backend: csrc/cpu for everything but the eigenvalues of large matrices.
+"""The compiled CPU backend: csrc/cpu for everything but eigenvalues of large matrices.
 
 | quantity                         | compiled kernel         | compiled Gram matrix, then LAPACK |
 |----------------------------------|-------------------------|-----------------------------------|
 | Gram, coding rate, gradient of z | every k = min(n, d)     | -                                 |
 | coding rate of a ready Gram      | -                       | potrf, potri                      |
 | entropy, alpha = 2, 3, 4 ... 16  | every k                 | -                                 |
+| von Neumann of float32, 16 bits  | every k                 | -                                 |
 | von Neumann, other alpha         | k <= COMPILED_EIGEN_MAX | syevd                             |
 | joint entropy (k = n)            | as the entropy          | as the entropy                    |
 
@@ -40,10 +41,23 @@ def coding_rate_fwd(z, mask, scale, normalize, center, need_weight):
     return _ops.cpu_coding_rate(z, mask, scale, normalize, center, need_weight)
 
 
+def _compiled_entropy(op, z, alpha, k, *arguments):
+    """What the compiled operator makes of z, or None: it does not serve z, or could not decide.
+
+    Large matrices are not decomposed. One that is indefinite by more than rounding comes back as
+    NaN, as do those of rows with NaN, which LAPACK's path answers with NaN too.
+    """
+    if not _ops.cpu_serves_entropy(z, alpha, k):
+        return None
+    result = op(*arguments)
+    return None if k > COMPILED_EIGEN_MAX and result[0].isnan().any() else result
+
+
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
-    if _ops.cpu_serves_entropy(alpha, min(z.shape[-2:])):
-        return _ops.cpu_entropy(z, mask, alpha, normalize, center, need_weight)
     arguments = (z, mask, alpha, normalize, center, need_weight)
+    result = _compiled_entropy(_ops.cpu_entropy, z, alpha, min(z.shape[-2:]), *arguments)
+    if result is not None:
+        return result
     return torch_backend.matrix_entropy_fwd(*arguments, gram, spectral_matrix)
 
 
@@ -53,15 +67,18 @@ def rational_entropy_fwd(z, mask, alpha, normalize, center, need_weight):
 
 
 def gram_entropy_fwd(g, alpha, need_weight):
-    if _ops.cpu_serves_entropy(alpha, g.shape[-1]):
-        return _ops.cpu_gram_entropy(g.contiguous(), alpha, need_weight)
+    arguments = (g.contiguous(), alpha, need_weight)
+    result = _compiled_entropy(_ops.cpu_gram_entropy, g, alpha, g.shape[-1], *arguments)
+    if result is not None:
+        return result
     return torch_backend.gram_entropy_fwd(g, alpha, need_weight, spectral_matrix)
 
 
 def joint_entropy_fwd(z1, z2, mask, alpha, normalize, center, need_weight):
     arguments = (z1, z2, mask, alpha, normalize, center, need_weight)
-    if _ops.cpu_serves_entropy(alpha, z1.shape[-2]):
-        return _ops.cpu_joint_entropy(*arguments)
+    result = _compiled_entropy(_ops.cpu_joint_entropy, z1, alpha, z1.shape[-2], *arguments)
+    if result is not None:
+        return result
     return torch_backend.joint_entropy_fwd(*arguments, gram, spectral_matrix)
 
 
