@@ -170,13 +170,15 @@ def test_difficult_batches(kind, q):
             check(q, features(kind, 17, k, k))
 
 
+@pytest.mark.parametrize("q", [entropy(1.0), entropy(math.inf)], ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_difficult_large_matrices(kind, dtype):
+def test_difficult_large_matrices(kind, dtype, q):
     """By blocks (csrc/cpu/blocks.h): orders around whole blocks, few matrices, both sides."""
     sizes = [(130, 150, {}), (150, 129, ROWS[1]), (2, 144, 200, ROWS[2]), (272, 300, ROWS[3])]
     for *shape, rows in [*sizes, (400, 273, {})]:
-        check(entropy(1.0), features(kind, *shape, dtype=dtype), **rows)
+        z = features(kind, *shape, dtype=dtype)
+        check(q, z, need_grad=differentiable(q, kind, *shape[-2:], rows), **rows)
 
 
 def test_large_batches_of_orders_below_1():

@@ -40,8 +40,8 @@ struct Threads {
 struct Kernels {
   const char* name;
   int64_t max_eigen;  // largest k of the eigensolver
-  // Whether the entropies accept these; of a k above max_eigen they may be NaN where the Gram matrix
-  // is indefinite by more than its rounding.
+  // Whether the entropies accept these; of a k above max_eigen they may be NaN where the Gram
+  // matrix is indefinite by more than its rounding.
   bool (*serves_entropy)(DType, double alpha, int64_t k);
   void (*coding_rate)(const Features&, double scale, void* value, void* weight, Threads);
   void (*entropy)(const Features&, double alpha, void* value, void* weight, Threads);

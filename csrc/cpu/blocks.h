@@ -42,6 +42,29 @@ struct BlockTridiagonal {
   static int64_t stride_of(int64_t order) { return order / 16 % 2 ? order : order + 16; }
 
   const float* diagonal(int64_t i) const { return a + i * kBlock * (lda + 1); }
+
+  // The trace, and the smaller of two norms: no eigenvalue is larger than either.
+  struct Bounds {
+    double trace, norm;
+  };
+  Bounds bounds() const {
+    double sum = 0, square = 0, widest = 0;
+    for (int64_t i = 0; i < order; ++i) {
+      const int64_t block = i / kBlock, at = i % kBlock;
+      const float *row = diagonal(block) + at * lda, *off = right + block * kBlockEntries;
+      double width = 0;
+      const auto add = [&](double x, int times) {
+        width += std::abs(x);
+        square += times * x * x;
+      };
+      for (int64_t j = 0; j < kBlock; ++j) add(row[j], 1);
+      for (int64_t j = 0; j < kBlock && block + 1 < blocks; ++j) add(off[at * kBlock + j], 2);
+      for (int64_t j = 0; j < kBlock && block > 0; ++j) add(off[(j - kBlock) * kBlock + at], 0);
+      sum += row[at];
+      widest = std::max(widest, width);
+    }
+    return {sum, std::min(std::sqrt(square), widest)};
+  }
 };
 
 // out[i][j] = x_i · y_j for kBlock rows each, m (whole blocks) long.
@@ -224,6 +247,25 @@ inline void reduce_to_blocks(const float* g, int64_t ldg, double tau, BlockTridi
     double* t = b.t + i * kBlockEntries;
     reflect_block(r, b.lda, b.order - s, off, t);
     transform(b.a, b.lda, s, b.order, r, b.lda, t, false, work, executor);
+  }
+}
+
+// x <- Q x with Q of the whole reduction.
+inline void transform_back_vector(const BlockTridiagonal& b, double* x) {
+  for (int64_t i = b.blocks - 3; i >= 0; --i) {
+    const int64_t s = (i + 1) * kBlock, m = b.order - s;
+    const float* v = b.a + (s - kBlock) * b.lda + s;
+    const double* t = b.t + i * kBlockEntries;
+    double along[kBlock] = {};  // V x, then T V x
+    for (int64_t p = 0; p < kBlock; ++p)
+      for (int64_t j = 0; j < m; ++j) along[p] += double(v[p * b.lda + j]) * x[s + j];
+    for (int64_t p = 0; p < kBlock; ++p) {
+      double sum = 0;
+      for (int64_t q = p; q < kBlock; ++q) sum += t[p * kBlock + q] * along[q];
+      along[p] = sum;
+    }
+    for (int64_t p = 0; p < kBlock; ++p)
+      for (int64_t j = 0; j < m; ++j) x[s + j] -= along[p] * double(v[p * b.lda + j]);
   }
 }
 

@@ -103,6 +103,41 @@ inline void square_poles(Wide* y, const Wide* inverse, bool lower, Wide* out) {
   std::copy_n(z, kBlockEntries, y);
 }
 
+// The lower triangle of scale D_i + u; zeros above it, which are loaded too.
+inline void shifted_block(const BlockTridiagonal& b, int64_t i, double scale, Wide u, Wide* a) {
+  const float* d = b.diagonal(i);
+  for (int64_t r = 0; r < kBlock; ++r) {
+    for (int64_t c = 0; c <= r; ++c) a[r * kBlock + c] = splat(scale * double(d[r * b.lda + c]));
+    a[r * kBlock + r] += u;
+    std::fill_n(a + r * (kBlock + 1) + 1, kBlock - 1 - r, Wide{});
+  }
+}
+
+// The pivots of M = scale T + u from the last block to the first: before(i, eta_i), its lower
+// triangle; after(i, L, D⁻¹, y) with eta_i = L D Lᵀ and y = D⁻¹ L⁻¹ M_{i,i-1} (undefined for i =
+// 0).
+template <class Before, class After>
+void pivots_from_bottom(const BlockTridiagonal& b, double scale, Wide u, Wide* least,
+                        const Before& before, const After& after) {
+  Wide a[kBlockEntries], inverse[kBlock], y[kBlockEntries], next[kBlockEntries] = {};
+  for (int64_t i = b.blocks - 1; i >= 0; --i) {
+    shifted_block(b, i, scale, u, a);
+    for (int64_t r = 0; r < kBlock; ++r)
+      for (int64_t c = 0; c <= r; ++c) a[r * kBlock + c] -= next[r * kBlock + c];
+    before(i, a);
+    factor_poles(a, inverse, least);
+    if (i > 0) {
+      const float* off = b.right + (i - 1) * kBlockEntries;
+      for (int64_t r = 0; r < kBlock; ++r)
+        for (int64_t c = 0; c < kBlock; ++c)
+          y[r * kBlock + c] = splat(scale * double(off[c * kBlock + r]));
+      solve_poles(a, y, false);
+      square_poles(y, inverse, false, next);
+    }
+    after(i, a, inverse, y);
+  }
+}
+
 struct BlockLog {
   const BlockTridiagonal& b;
   const Executor& executor;
@@ -130,26 +165,10 @@ struct BlockLog {
 
   // H of T, NaN if it is not positive semidefinite up to rounding. f: see log_entries.
   double entropy(float* f) {
-    double square = 0, widest = 0;
-    for (int64_t i = 0; i < b.order; ++i) {
-      const int64_t block = i / kBlock, at = i % kBlock;
-      const float *row = b.diagonal(block) + at * b.lda, *off = b.right + block * kBlockEntries;
-      trace += row[at];
-      double sum = 0;
-      const auto add = [&](double x, int times) {
-        sum += std::abs(x);
-        square += times * x * x;
-      };
-      for (int64_t j = 0; j < kBlock; ++j) add(row[j], 1);
-      if (block + 1 < b.blocks)
-        for (int64_t j = 0; j < kBlock; ++j) add(off[at * kBlock + j], 2);
-      if (block > 0)
-        for (int64_t j = 0; j < kBlock; ++j) add(off[(j - kBlock) * kBlock + at], 0);
-      widest = std::max(widest, sum);
-    }
-    // No eigenvalue is larger than either norm. Noise below zero must stay above the smallest pole;
-    // how large it is shows when it does not.
-    double c = std::min(std::sqrt(square), widest);
+    const auto [sum_of_diagonal, norm] = b.bounds();
+    trace = sum_of_diagonal;
+    // Noise below zero must stay above the smallest pole; how large it is shows when it does not.
+    double c = norm;
     for (int tries = 0; tries < kTries; ++tries, c *= 2) {
       scale = 1 / c;
       if (!invert()) continue;
@@ -172,16 +191,6 @@ struct BlockLog {
     for (int m = 0; m < P; ++m)
       u[m] = group * P + m < kPoles ? kPoleShift[group * P + m] : kLeastShift;
     return load(u);
-  }
-
-  // The lower triangle of D_i + u; zeros above it, which are loaded too.
-  void shifted(int64_t i, Wide u, Wide* a) const {
-    const float* d = b.diagonal(i);
-    for (int64_t r = 0; r < kBlock; ++r) {
-      for (int64_t c = 0; c <= r; ++c) a[r * kBlock + c] = splat(scale * double(d[r * b.lda + c]));
-      a[r * kBlock + r] += u;
-      std::fill_n(a + r * (kBlock + 1) + 1, kBlock - 1 - r, Wide{});
-    }
   }
 
   // All X_ii; false where T / c + u is not positive definite.
@@ -215,25 +224,18 @@ struct BlockLog {
   }
 
   void from_bottom(int group, Wide* least) const {
-    Wide a[kBlockEntries], inverse[kBlock], y[kBlockEntries], next[kBlockEntries] = {};
-    const Wide u = shifts(group);
-    for (int64_t i = b.blocks - 1; i >= 0; --i) {
-      shifted(i, u, a);
-      Wide* keep = bottom + (group * b.blocks + i) * kLowerEntries;
-      for (int64_t r = 0; r < kBlock; ++r)
-        for (int64_t c = 0; c <= r; ++c) *keep++ = a[r * kBlock + c] -= next[r * kBlock + c];
-      factor_poles(a, inverse, least);
-      if (i == 0) return;
-      const float* off = b.right + (i - 1) * kBlockEntries;
-      for (int64_t r = 0; r < kBlock; ++r)
-        for (int64_t c = 0; c < kBlock; ++c)
-          y[r * kBlock + c] = splat(scale * double(off[c * kBlock + r]));
-      solve_poles(a, y, false);
-      square_poles(y, inverse, false, next);
-      if (!want_log) continue;
-      solve_upper_poles(a, y);
-      narrow(group, i, y, -1, ratio);
-    }
+    pivots_from_bottom(
+        b, scale, shifts(group), least,
+        [&](int64_t i, const Wide* a) {
+          Wide* keep = bottom + (group * b.blocks + i) * kLowerEntries;
+          for (int64_t r = 0; r < kBlock; ++r)
+            for (int64_t c = 0; c <= r; ++c) *keep++ = a[r * kBlock + c];
+        },
+        [&](int64_t i, const Wide* l, const Wide*, Wide* y) {
+          if (i == 0 || !want_log) return;
+          solve_upper_poles(l, y);
+          narrow(group, i, y, -1, ratio);
+        });
   }
 
   void from_top(int group, Wide* least) const {
@@ -241,7 +243,7 @@ struct BlockLog {
     const Wide u = shifts(group);
     for (int64_t i = 0; i < b.blocks; ++i) {
       Wide* keep = top + (group * b.blocks + i) * kLowerEntries;
-      shifted(i, u, a);
+      shifted_block(b, i, scale, u, a);
       for (int64_t r = 0; r < kBlock; ++r)
         for (int64_t c = 0; c <= r; ++c) {
           *keep++ = next[r * kBlock + c];
@@ -364,30 +366,3 @@ struct BlockLog {
     for (int64_t i = 0; i < b.order; ++i) f[i * (b.lda + 1)] = float(diagonal[i] - product / trace);
   }
 };
-
-// H_1 of rho = g / tau (full) and, if wanted, V = dH / dg in v (full, whole vectors), for which
-// there must be room for `blocks_entries` numbers. NaN where g is not positive semidefinite.
-inline int64_t blocks_entries(int64_t k) {
-  const int64_t order = round_up(k, kBlock);
-  return order * BlockTridiagonal::stride_of(order);
-}
-
-inline double entropy_by_blocks(const float* g, int64_t k, int64_t ld, double tau, float* v,
-                                const Executor& executor) {
-  Memory memory;
-  BlockTridiagonal b(k, memory);
-  reduce_to_blocks(g, ld, tau, b, executor);
-  double h;
-  {
-    Memory inner;
-    h = BlockLog(b, v != nullptr, executor, inner).entropy(v);
-  }
-  if (!v || !(h == h)) return h;
-  transform_back(b, v, executor);
-  // Rows move to lower addresses, one after the other.
-  const float inverse = float(1 / tau);
-  for (int64_t i = 0; i < ld; ++i)
-    for (int64_t j = 0; j < ld; ++j)
-      v[i * ld + j] = i < k && j < k ? inverse * v[i * b.lda + j] : 0.f;
-  return h;
-}

@@ -25,7 +25,7 @@ double renyi2(const T* g, int64_t k, int64_t ldg, double tau, T* v) {
   return 2 * std::log(tau) - std::log(square);
 }
 
-// H_alpha from the eigenvalues lam of rho, and f with V = 1/tau sum_r f_r v_r v_rᵀ.
+// H_alpha (alpha finite) from the eigenvalues lam of rho, and f with V = 1/tau sum_r f_r v_r v_rᵀ.
 template <class T>
 double entropy_of_spectrum(const double* lam, int64_t k, double alpha, T* f) {
   const double largest = *std::max_element(lam, lam + k);
@@ -39,12 +39,6 @@ double entropy_of_spectrum(const double* lam, int64_t k, double alpha, T* f) {
     if (f)
       for (int64_t r = 0; r < k; ++r) f[r] = T(-(std::log(std::max(lam[r], floor)) + sum));
     return sum;
-  }
-  if (std::isinf(alpha)) {
-    if (f)
-      for (int64_t r = 0; r < k; ++r)
-        f[r] = T(lam + r == std::max_element(lam, lam + k) ? 1 - 1 / largest : 1);
-    return -std::log(largest);
   }
   for (int64_t r = 0; r < k; ++r)
     if (lam[r] > 0) sum += std::pow(lam[r], alpha);
@@ -199,16 +193,39 @@ struct EntropyTask {
   // No rows, or only zero rows: entropy 0 by convention. Where tau is not finite h stays NaN.
   bool empty() const { return tau == 0; }
 
-  // The tridiagonal form of rho, and the rows of Qᵀ if V is wanted.
-  QlState<T> reduce(bool want_vectors, Memory& memory) {
-    double* lam = memory.take<double>(4 * k + 1);
-    T* factor = memory.take<T>(k);
-    T* work = memory.take<T>(3 * ld);
+  // The tridiagonal form of rho: d, e; its reflectors and their factors in v and tau.
+  void reduce(double* d, double* e, T* factor, T* work) {
     const T inverse = T(1 / tau);
     std::memset(v, 0, size_t(ld * ld) * sizeof(T));
     for (int64_t i = 0; i < k; ++i)
       for (int64_t j = 0; j < k; ++j) v[i * ld + j] = inverse * g[i * ld + j];
-    tridiagonalize(v, k, ld, lam, lam + k, factor, work);
+    tridiagonalize(v, k, ld, d, e, factor, work);
+  }
+
+  // H_inf and, if wanted, V.
+  void of_order_infinity(bool want_v, Memory& memory, const Executor& executor) {
+    double *d = memory.take<double>(k), *e = memory.take<double>(k);
+    double* x = want_v ? memory.take<double>(k) : nullptr;
+    T *factor = memory.take<T>(k), *work = memory.take<T>(3 * ld);
+    reduce(d, e, factor, work);
+    const LargestPair<1> largest(d, e, k, bracket<T>(want_v), x);
+    if (!largest.found[0]) return;
+    h = -std::log(largest.value[0]);
+    if (!want_v) return;
+    for (int64_t j = k - 3; j >= 0; --j) {
+      const T* row = v + j * ld;
+      double sum = 0;
+      for (int64_t i = j + 1; i < k; ++i) sum += double(row[i]) * x[i];
+      for (int64_t i = j + 1; i < k; ++i) x[i] -= double(factor[j]) * sum * double(row[i]);
+    }
+    largest_derivative(x, largest.value[0], tau, k, ld, v, executor);
+  }
+
+  // For QL: the tridiagonal form, and the rows of Qᵀ if V is wanted.
+  QlState<T> spectrum(bool want_vectors, Memory& memory) {
+    double* lam = memory.take<double>(4 * k + 1);
+    T *factor = memory.take<T>(k), *work = memory.take<T>(3 * ld);
+    reduce(lam, lam + k, factor, work);
     if (want_vectors) {
       vt = memory.take<T>(ld * ld);
       form_q(v, k, ld, factor, vt, work);
@@ -221,7 +238,7 @@ struct EntropyTask {
 
 template <class T>
 bool by_blocks(double alpha, int64_t k) {
-  return by_poles<T>(alpha) && k >= kBlocksFrom;
+  return sizeof(T) == 4 && (alpha == 1 || std::isinf(alpha)) && k >= kBlocksFrom;
 }
 
 // Matrices whose QL sweeps are interleaved.
@@ -246,12 +263,14 @@ void entropies(std::vector<EntropyTask<T>>& tasks, double alpha, bool want_v, bo
     if constexpr (sizeof(T) == 4)
       if (by_blocks<T>(alpha, k)) {
         if (want_v) task.v = memory.take<T>(std::max(ld * ld, blocks_entries(k)));
-        task.h = entropy_by_blocks(task.g, k, ld, task.tau, task.v, executor);
+        task.h = entropy_by_blocks(task.g, k, ld, task.tau, alpha, task.v, executor);
         if (std::isfinite(task.h) || k > kMaxEigen) continue;
       }
     if (want_v || eigen) task.v = keep_g || eigen ? memory.take<T>(ld * ld) : task.g;
-    if (eigen) {
-      states.push_back(task.reduce(want_v, memory));
+    if (std::isinf(alpha)) {
+      task.of_order_infinity(want_v, memory, executor);
+    } else if (eigen) {
+      states.push_back(task.spectrum(want_v, memory));
       spectral.push_back(&task);
     } else if (alpha == 2) {
       task.h = renyi2(task.g, k, ld, task.tau, task.v);

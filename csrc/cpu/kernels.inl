@@ -34,6 +34,7 @@ namespace MMAE_ISA {
 #include "gram.h"
 #include "blocks.h"
 #include "blocks_log.h"
+#include "largest.h"
 #include "entropy.h"
 #include "backward.h"
 #include "lanes.h"
@@ -83,9 +84,8 @@ void coding_rate(const Features& f, double scale, void* value, void* weight, Thr
 template <class T>
 bool entropy_in_lanes(const Features& f, int64_t k, double alpha, bool want_v, Threads threads) {
   if (alpha == 2) return product_in_lanes<T>(f, k, threads);
-  const int64_t most = by_poles<T>(alpha) || !want_v ? kLanesValues
-                       : alpha < 1.5                 ? kLanesSingular
-                                                     : kLanesVectors;
+  const bool vectors = want_v && !by_poles<T>(alpha) && !std::isinf(alpha);
+  const int64_t most = !vectors ? kLanesValues : alpha < 1.5 ? kLanesSingular : kLanesVectors;
   return !by_powers(alpha, k) && in_lanes<T>(f, k, most, threads);
 }
 

@@ -67,6 +67,7 @@ struct LaneEntropy {
     for (int64_t i = 0; i < k; ++i)
       for (int64_t j = 0; j <= i; ++j) a[i * ld + j] = inverse * g[packed_row(i) + j];
     tridiagonalize_lanes<T>(a, k, ld, d, e, t);
+    if (std::isinf(alpha)) return of_order_infinity(a, k, order, ld, d, e, t, inverse);
     if constexpr (sizeof(T) == 4)
       if (by_poles<T>(alpha)) return of_order_1(a, k, order, ld, d, e, t, inverse);
     if (v) {
@@ -90,7 +91,42 @@ struct LaneEntropy {
     if (v) spectral_lanes<T>(q, f, k, ld, v);
   }
 
-  // The same for the tridiagonal (d, e) of a, without the spectrum.
+  // The same for the tridiagonal (d, e) of a: the largest eigenvalue and v = I - x xᵀ / lambda.
+  void of_order_infinity(const Vec<T>* a, int64_t k, int64_t order, int64_t ld, const Vec<T>* d,
+                         const Vec<T>* e, const Vec<T>* t, Vec<T> inverse) {
+    Memory memory;
+    double *diagonal = memory.take<double>(k * VL), *off = memory.take<double>(k * VL);
+    double* vector = v ? memory.take<double>(k * VL) : nullptr;
+    for (int64_t i = 0; i < k; ++i)
+      for (int m = 0; m < VL; ++m) diagonal[i * VL + m] = d[i][m], off[i * VL + m] = e[i][m];
+    const LargestPair<VL> largest(diagonal, off, k, bracket<T>(v), vector);
+    Vec<T>* x = v ? memory.take<Vec<T>>(order) : nullptr;
+    if (v) std::fill_n(x, order, Vec<T>{});
+    Vec<T> reciprocal{};
+    for (int m = 0; m < VL; ++m) {
+      failed[m] |= !largest.found[m];
+      value[m] = -std::log(largest.value[m]);
+      if (!v || failed[m] || !(inverse[m] > 0)) continue;
+      reciprocal[m] = T(1 / largest.value[m]);
+      for (int64_t i = 0; i < k; ++i) x[i][m] = T(vector[i * VL + m]);
+    }
+    factor = inverse;
+    if (!v) return;
+    for (int64_t j = k - 3; j >= 0; --j) {
+      const Vec<T>* row = a + j * ld;
+      Vec<T> sum{};
+      for (int64_t i = j + 1; i < k; ++i) sum += row[i] * x[i];
+      sum *= t[j];
+      for (int64_t i = j + 1; i < k; ++i) x[i] -= sum * row[i];
+    }
+    for (int64_t i = 0; i < order; ++i) {
+      Vec<T>* row = v + packed_row(i);
+      for (int64_t j = 0; j <= i; ++j) row[j] = -x[i] * x[j] * reciprocal;
+      row[i] += T(1);
+    }
+  }
+
+  // The same without the spectrum.
   void of_order_1(Vec<T>* a, int64_t k, int64_t order, int64_t ld, const Vec<T>* d, const Vec<T>* e,
                   const Vec<T>* t, Vec<T> inverse) {
     Memory memory;

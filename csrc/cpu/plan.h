@@ -7,7 +7,8 @@
 // | Gram, alpha = 2     | k <= 32, n d <= 4096             | batch >= threads      | batch < threads  |
 // | coding rate         | k <= 160                         | batch >= threads      | batch < threads  |
 // | alpha = 3, 4 ... 16 | k <= 16                          | powers, k > 16        | powers           |
-// | alpha = 1 (float32) | k <= 256                         | blocks, k >= 128      | blocks           |
+// | alpha = 1, inf      | k <= 256                         | blocks, k >= 128      | blocks           |
+// | ... of float64      | inf: k <= 256                    | k <= 256              | - (LAPACK above) |
 // | other alpha         | k <= 200, without gradient 256   | k <= 256              | - (LAPACK above) |
 // | alpha < 1.5         | k <= 64, without gradient 256    | k <= 256              | - (LAPACK above) |
 // | gradient of z       | -                                | batch >= threads      | batch < threads  |
@@ -51,7 +52,7 @@ constexpr int64_t kLanesLoad = 4096;
 // Above this, LAPACK's divide and conquer is the better eigensolver.
 constexpr int64_t kMaxEigen = 256;
 
-// From here on the von Neumann entropy of a float32 matrix that is not in lanes takes blocks.h.
+// From here on alpha = 1 and inf of a float32 matrix that is not in lanes take blocks.h.
 constexpr int64_t kBlocksFrom = 128;
 
 // Integer orders that take powers of the Gram matrix instead of its eigenvalues.

@@ -35,9 +35,9 @@ constexpr double kPoleSlope = -3.50208168794121;
 // Noise below zero may be as large as this part of c: 1 / (x + u) is not to be had beyond.
 constexpr double kLeastShift = kPoleShift[0] / 4;
 
-// Values of c that are tried, each twice the one before. Noise that asks for more is not the rounding
-// of a positive semidefinite matrix: what is below zero would have to count as zero, which takes
-// eigenvalues.
+// Values of c that are tried, each twice the one before. Noise that asks for more is not the
+// rounding of a positive semidefinite matrix: what is below zero would have to count as zero, which
+// takes eigenvalues.
 constexpr int kTries = 5;
 
 // Entries of an inverse far from the diagonal vanish; on the way numbers too small to be normal

@@ -5,8 +5,8 @@
 | Gram, coding rate, gradient of z | every k = min(n, d)     | -                                 |
 | coding rate of a ready Gram      | -                       | potrf, potri                      |
 | entropy, alpha = 2, 3, 4 ... 16  | every k                 | -                                 |
-| von Neumann of float32, 16 bits  | every k                 | -                                 |
-| von Neumann, other alpha         | k <= COMPILED_EIGEN_MAX | syevd                             |
+| alpha = 1, inf but of float64    | every k                 | -                                 |
+| alpha = 1, inf, other alpha      | k <= COMPILED_EIGEN_MAX | syevd                             |
 | joint entropy (k = n)            | as the entropy          | as the entropy                    |
 
 csrc/cpu/plan.h has the choice within the compiled kernels, and the limits' measurements.
