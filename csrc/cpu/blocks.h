@@ -136,8 +136,11 @@ inline void reflect_block(float* r, int64_t ld, int64_t m, float* left, double* 
 // Work memory of one transformation: V over W, and W over V, of which one is the left factor and
 // one the right in Vᵀ W + Wᵀ V.
 struct BlockWork {
+  struct Piece {  // of A, its first row and column
+    int64_t i, j;
+  };
   float *left, *right;
-  std::vector<std::pair<int64_t, int64_t>> pieces;  // of A, their first rows and columns
+  std::vector<Piece> pieces;
 
   BlockWork(int64_t lda, Memory& memory)
       : left(memory.take<float>(2 * kBlock * lda)), right(memory.take<float>(2 * kBlock * lda)) {}
@@ -203,8 +206,8 @@ inline void transform(float* a, int64_t lda, int64_t s, int64_t order, const flo
   const int64_t rows = ceil_div(size, kUpdate);
   for (int64_t q = 0; q < rows; ++q) {
     const int64_t i = s + (q % 2 ? rows - 1 - q / 2 : q / 2) * kUpdate;
-    for (int64_t j = first; j < s; j += kUpdate) work.pieces.emplace_back(i, j);
-    for (int64_t j = i; j < order; j += kUpdate) work.pieces.emplace_back(i, j);
+    for (int64_t j = first; j < s; j += kUpdate) work.pieces.push_back({i, j});
+    for (int64_t j = i; j < order; j += kUpdate) work.pieces.push_back({i, j});
   }
   executor.run(int64_t(work.pieces.size()), 2, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
