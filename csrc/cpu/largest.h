@@ -7,6 +7,9 @@
 // pivoting for inverse iteration: the vector grows by the reciprocal of that distance each time. In
 // a cluster any combination of its vectors will do, as for any eigensolver.
 
+// Steps of the bisection at most: more than any bracket takes, but not for ever.
+constexpr int kBisections = 64;
+
 constexpr int kInverseIterations = 4;
 
 // Where inverse iteration starts: no eigenvector that occurs in practice is orthogonal to it.
@@ -16,10 +19,11 @@ inline double start_entry(int64_t i) { return 1 + double(i * 2654435761u % 1024)
 // much below that a few iterations tell it from its neighbours.
 template <class T>
 constexpr double bracket(bool want_vector) {
-  return sizeof(T) == 8 ? 2e-16 : want_vector ? 1e-11 : 1e-9;
+  return sizeof(T) == 8 ? 5e-16 : want_vector ? 1e-11 : 1e-9;
 }
 
-// Of N matrices side by side: diagonal d, off-diagonal e (k rows of N, the last of e unused).
+// Of N matrices side by side: diagonal d, off-diagonal e (k rows of N, the last of e unused). The
+// value is the lower end of the bracket, so that it does not pass 1; the vector's shift the upper.
 template <int N>
 struct LargestPair {
   double value[N];
@@ -29,29 +33,32 @@ struct LargestPair {
   LargestPair(const double* d, const double* e, int64_t k, double within, double* x) {
     Memory memory;
     double* inverse = memory.take<double>(k * N);
-    double lower[N], least[N];
-    for (int m = 0; m < N; ++m) lower[m] = -std::numeric_limits<double>::infinity(), value[m] = 0;
+    double above[N] = {}, least[N];
+    std::fill_n(value, N, -std::numeric_limits<double>::infinity());
     for (int64_t i = 0; i < k; ++i)
       for (int m = 0; m < N; ++m) {
         const double before = i > 0 ? std::abs(e[(i - 1) * N + m]) : 0;
         const double after = i + 1 < k ? std::abs(e[i * N + m]) : 0;
-        lower[m] = std::max(lower[m], d[i * N + m]);
-        value[m] = std::max(value[m], d[i * N + m] + before + after);
+        value[m] = std::max(value[m], d[i * N + m]);
+        above[m] = std::max(above[m], d[i * N + m] + before + after);
       }
     // The bound itself may be the eigenvalue.
-    for (int m = 0; m < N; ++m) value[m] += 1e-12 * value[m] + 1e-300;
-    for (int step = 0; step < 64; ++step) {
+    for (int m = 0; m < N; ++m) above[m] += 1e-12 * above[m] + 1e-300;
+    bool some = true;
+    for (int step = 0; some && step < kBisections; ++step) {
       double middle[N];
-      bool done = true;
+      bool open[N];
+      some = false;
       for (int m = 0; m < N; ++m) {
-        middle[m] = 0.5 * (lower[m] + value[m]);
-        done &= value[m] - lower[m] <= within * value[m];
+        middle[m] = 0.5 * (value[m] + above[m]);
+        open[m] = above[m] - value[m] > within * above[m];
+        some |= open[m];
       }
-      if (done) break;
       pivots(d, e, k, middle, inverse, least);
-      for (int m = 0; m < N; ++m) (least[m] > 0 ? value : lower)[m] = middle[m];
+      for (int m = 0; m < N; ++m)  // lanes do not wait for each other's bits
+        if (open[m]) (least[m] > 0 ? above : value)[m] = middle[m];
     }
-    pivots(d, e, k, value, inverse, least);
+    pivots(d, e, k, above, inverse, least);
     for (int m = 0; m < N; ++m) found[m] = least[m] > 0;
     if (!x) return;
     for (int64_t i = 0; i < k * N; ++i) x[i] = start_entry(i / N);
@@ -94,23 +101,25 @@ struct LargestPair {
 // The same of a block tridiagonal matrix; several shifts at once are the lanes.
 struct BlockLargest {
   const BlockTridiagonal& b;
-  double value = std::numeric_limits<double>::quiet_NaN();
+  double value = 0, shift = std::numeric_limits<double>::quiet_NaN();
 
   BlockLargest(const BlockTridiagonal& blocks, bool want_vector) : b(blocks) {
     constexpr int P = kLanes<double>;
     const auto nothing = [](auto&&...) {};
-    double lower = 0, upper = b.bounds().norm * (1 + 1e-12);
-    while (upper - lower > bracket<float>(want_vector) * upper) {
+    double above = b.bounds().norm * (1 + 1e-12);
+    for (int step = 0; step < kBisections; ++step) {
+      if (!(above - value > bracket<float>(want_vector) * above)) break;
       double u[P];
-      for (int m = 0; m < P; ++m) u[m] = lower + (upper - lower) * (m + 1) / (P + 1);
+      for (int m = 0; m < P; ++m) u[m] = value + (above - value) * (m + 1) / (P + 1);
       Wide least = splat(std::numeric_limits<double>::infinity());
       pivots_from_bottom(b, -1, load(u), &least, nothing, nothing);
-      int above = 0;
-      while (above < P && !(least[above] > 0)) ++above;
-      if (above < P) upper = value = u[above];
-      if (above > 0) lower = u[above - 1];
-      if (above == P && std::isnan(least[P - 1])) return;
+      int first = 0;
+      while (first < P && !(least[first] > 0)) ++first;
+      if (first == P && std::isnan(least[P - 1])) break;
+      if (first < P) above = shift = u[first];
+      if (first > 0) value = u[first - 1];
     }
+    if (std::isnan(shift)) value = shift;
   }
 
   // One eigenvector, of length 1, to x (order).
@@ -121,7 +130,7 @@ struct BlockLargest {
            *r = memory.take<double>(n * kBlockEntries);  // eta_i⁻¹ M_{i,i-1}
     Wide least = splat(1.0);
     pivots_from_bottom(
-        b, -1, splat(value), &least, [](auto&&...) {},
+        b, -1, splat(shift), &least, [](auto&&...) {},
         [&](int64_t i, const Wide* factor, const Wide* d, Wide* y) {
           if (i > 0) solve_upper_poles(factor, y);
           for (int64_t e = 0; e < kBlockEntries; ++e) {
