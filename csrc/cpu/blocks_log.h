@@ -4,9 +4,13 @@
 // For every pole u, with the diagonal blocks D_i, the blocks E_i right of them, and the pivots of
 // T + uI from the bottom (eta) and from the top (delta),
 //
-//     eta_i = D_i + u - E_i eta_{i+1}⁻¹ E_iᵀ,     delta_i = D_i + u - E_{i-1}ᵀ delta_{i-1}⁻¹
-//     E_{i-1}, X_ii = (eta_i - (D_i + u - delta_i))⁻¹,     X_ij = -eta_i⁻¹ E_{i-1}ᵀ X_{i-1,j}  for
-//     j < i.
+//     eta_i = D_i + u - E_i eta_{i+1}⁻¹ E_iᵀ
+//
+//     delta_i = D_i + u - E_{i-1}ᵀ delta_{i-1}⁻¹ E_{i-1}
+//
+//     X_ii = (eta_i - (D_i + u - delta_i))⁻¹
+//
+//     X_ij = -eta_i⁻¹ E_{i-1}ᵀ X_{i-1,j},  j < i
 //
 // Pivots are float64, one pole per vector lane; the products of the last line, all but O(k) of the
 // work, float32. k² blocks of flops for each pole, next to the k³ of the reduction.
@@ -114,8 +118,7 @@ inline void shifted_block(const BlockTridiagonal& b, int64_t i, double scale, Wi
 }
 
 // The pivots of M = scale T + u from the last block to the first: before(i, eta_i), its lower
-// triangle; after(i, L, D⁻¹, y) with eta_i = L D Lᵀ and y = D⁻¹ L⁻¹ M_{i,i-1} (undefined for i =
-// 0).
+// triangle; after(i, L, D⁻¹, y) with eta_i = L D Lᵀ and y = D⁻¹ L⁻¹ M_{i,i-1}, which block 0 lacks.
 template <class Before, class After>
 void pivots_from_bottom(const BlockTridiagonal& b, double scale, Wide u, Wide* least,
                         const Before& before, const After& after) {

@@ -193,7 +193,7 @@ struct EntropyTask {
   // No rows, or only zero rows: entropy 0 by convention. Where tau is not finite h stays NaN.
   bool empty() const { return tau == 0; }
 
-  // The tridiagonal form of rho: d, e; its reflectors and their factors in v and tau.
+  // The tridiagonal form of rho: d, e; its reflectors in v, what scales them in `factor`.
   void reduce(double* d, double* e, T* factor, T* work) {
     const T inverse = T(1 / tau);
     std::memset(v, 0, size_t(ld * ld) * sizeof(T));

@@ -4,8 +4,9 @@
 // rho = Q T Qᵀ leaves the inverses X of T + uI, for every pole u, which take O(k²): with the pivots
 // from the bottom, eta_i = d_i + u - e_i² / eta_{i+1},
 //
-//     X_jj = 1 / eta_j + (e_{j-1} / eta_j)² X_{j-1,j-1},    X_{i+1,j} = -e_i / eta_{i+1} X_ij,  i
-//     >= j.
+//     X_jj = 1 / eta_j + (e_{j-1} / eta_j)² X_{j-1,j-1}
+//
+//     X_{i+1,j} = -e_i / eta_{i+1} X_ij,  i >= j
 //
 // No differences but in the pivots, and entries of the same signs for every pole, so they keep
 // their relative accuracy; pivots and diagonals are float64, since the smallest pole, 1.6e-7, would
