@@ -138,7 +138,7 @@ void gram_entropy(DType dtype, int64_t batch, int64_t k, double alpha, const voi
     T *h = static_cast<T*>(value), *to = static_cast<T*>(v);
     if (entropy_in_lanes<T>(f, k, alpha, v, threads))
       return over_groups<T>(f, threads, [&](int64_t first, int64_t count) {
-        gram_entropy_lanes(g, k, alpha, h, to, first, count);
+        gram_entropy_lanes(g, batch, k, alpha, h, to, first, count);
       });
     over_batch(f, threads, [&](int64_t begin, int64_t end, Executor executor) {
       gram_entropy_range(g, k, alpha, h, to, begin, end, executor);

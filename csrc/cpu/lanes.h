@@ -42,49 +42,57 @@ inline bool any(Flags<T> flags) {
 
 inline int64_t packed_row(int64_t i) { return i * (i + 1) / 2; }
 
-// s[i][j] += sum_p a[i][p] b[j][p], p < depth: the inner loop of everything cubic.
-template <class T>
+// s[i][j] += sum_p a[i][p] b[j][p], p < depth: the inner loop of everything cubic. kLower: only
+// where j <= i. between(): called at every step.
+template <class T, bool kLower, class F>
 inline void dots(int64_t depth, const Vec<T>* const (&a)[LB], const Vec<T>* const (&b)[LB],
-                 Vec<T> (&s)[LB][LB]) {
+                 Vec<T> (&s)[LB][LB], const F& between) {
   constexpr int C = MMAE_VECTOR_BYTES == 64 ? LB : LB / 2;  // what fits the registers
   for (int c = 0; c < LB; c += C) {
     Vec<T> acc[LB][C];
     for (int i = 0; i < LB; ++i)
       for (int j = 0; j < C; ++j) acc[i][j] = s[i][c + j];
     for (int64_t p = 0; p < depth; ++p) {
+      between();
       Vec<T> x[C];
       for (int j = 0; j < C; ++j) x[j] = b[c + j][p];
       for (int i = 0; i < LB; ++i) {
         const Vec<T> y = a[i][p];
-        for (int j = 0; j < C; ++j) acc[i][j] += y * x[j];
+        for (int j = 0; j < C; ++j)
+          if (!kLower || c + j <= i) acc[i][j] += y * x[j];
       }
     }
     for (int i = 0; i < LB; ++i)
       for (int j = 0; j < C; ++j) s[i][c + j] = acc[i][j];
   }
 }
+template <class T>
+inline void dots(int64_t depth, const Vec<T>* const (&a)[LB], const Vec<T>* const (&b)[LB],
+                 Vec<T> (&s)[LB][LB]) {
+  dots<T, false>(depth, a, b, s, [] {});
+}
 
 // --------------------------------------------------------------------------------------------------
 // From features to Gram matrices and back to memory
 
-// out (batch, rows, columns) = value(i, j) for the matrices [first, first + count); past the
-// caches, if asked for and every store is aligned.
+// Matrices [first, first + count) of out (batch, rows, columns); fill(i, to) writes row i of all.
 template <class T, class F>
-void store_entries(const F& value, int64_t rows, int64_t columns, int64_t first, int64_t count,
-                   T* out, bool past = false) {
+void store_rows(const F& fill, int64_t rows, int64_t columns, int64_t first, int64_t count,
+                int64_t batch, T* out) {
   constexpr int VL = kLanes<T>;
-  past &= rows * columns % VL == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
-  int64_t i = 0, j = 0;
-  for (int64_t at = 0; at < rows * columns; at += VL) {
-    const int64_t width = std::min<int64_t>(VL, rows * columns - at);
-    Vec<T> x[VL];
-    for (int q = 0; q < VL; ++q) {
-      x[q] = q < width ? value(i, j) : Vec<T>{};
-      if (q < width && ++j == columns) j = 0, ++i;
-    }
+  const int64_t size = rows * columns;
+  // What no cache will hold goes past them, where every store is aligned.
+  const bool past = batch * size * int64_t(sizeof(T)) > kPastBatch && size % VL == 0 &&
+                    reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  Memory memory;
+  Vec<T>* waiting = memory.take<Vec<T>>(columns + VL);  // what does not fill a vector yet
+  int64_t at = 0, held = 0;
+  const auto write = [&](const Vec<T>* from, int64_t width) {
+    Vec<T> x[VL] = {};
+    for (int q = 0; q < width; ++q) x[q] = from[q];
     transpose_block<T>(x);
     for (int64_t m = 0; m < count; ++m) {
-      T* to = out + (first + m) * rows * columns + at;
+      T* to = out + (first + m) * size + at;
       if (past)
         stream(to, x[m]);
       else if (width == VL)
@@ -92,7 +100,24 @@ void store_entries(const F& value, int64_t rows, int64_t columns, int64_t first,
       else
         std::memcpy(to, &x[m], size_t(width) * sizeof(T));
     }
+    at += width;
+  };
+  for (int64_t i = 0; i < rows; ++i) {
+    fill(i, waiting + held);
+    held += columns;
+    const Vec<T>* from = waiting;
+    for (; held >= VL; held -= VL, from += VL) write(from, VL);
+    std::memmove(waiting, from, size_t(held) * sizeof(Vec<T>));
   }
+  if (held > 0) write(waiting, held);
+}
+
+// to[j] = value(j, G_ij), j < k: row i of the symmetric matrix whose lower triangle is packed in g.
+template <class T, class F>
+inline void unpack_row(const Vec<T>* g, int64_t i, int64_t k, const F& value, Vec<T>* to) {
+  const Vec<T>* row = g + packed_row(i);
+  for (int64_t j = 0; j <= i; ++j) to[j] = value(j, row[j]);
+  for (int64_t j = i + 1; j < k; ++j) to[j] = value(j, g[packed_row(j) + i]);
 }
 
 // The lower triangles of kLanes matrices of leading dimension ld to the packed g.
@@ -142,7 +167,9 @@ struct LaneGroup {
     for (int m = 0; m < VL; ++m)
       new (&rows_[m]) Rows<S, T>(f, first + std::min<int64_t>(m, count - 1));
     const int64_t depth_total = samples ? f.d : f.n;
-    if (first + 2 * VL <= f.batch && f.batch_dims == 1) ahead_ = VL * f.z_strides[0];
+    const int64_t blocks = order / LB;
+    ahead_ = Prefetch(f, sizeof(S), first + VL - 1, f.batch,
+                      blocks * (blocks + 1) / 2 * depth_total, VL);
     Vec<T>* panel = inner.take<Vec<T>>(order * kDepth);
     for (int64_t i = k * kDepth; i < order * kDepth; ++i) panel[i] = Vec<T>{};
     for (int64_t at = 0; at < depth_total; at += kDepth) {
@@ -177,16 +204,13 @@ struct LaneGroup {
         }
         projection[i] += sum;
       }
-    store_entries(
-        [&](int64_t i, int64_t j) {
-          Vec<T> x = twice * (i >= j ? v[packed_row(i) + j] : v[packed_row(j) + i]);
-          if (samples) {
-            if (i == j) x -= twice * projection[i];
-            x *= scale[i] * scale[j];
-          }
-          return x;
-        },
-        k, k, first, count, weight);
+    const auto fill = [&](int64_t i, Vec<T>* to) {
+      if (!samples) return unpack_row<T>(v, i, k, [&](int64_t, Vec<T> x) { return twice * x; }, to);
+      const Vec<T> left = twice * scale[i];
+      unpack_row<T>(v, i, k, [&](int64_t j, Vec<T> x) { return left * scale[j] * x; }, to);
+      to[i] = left * scale[i] * (v[packed_row(i) + i] - projection[i]);
+    };
+    store_rows<T>(fill, k, k, first, count, f.batch, weight);
   }
 
  private:
@@ -215,9 +239,7 @@ struct LaneGroup {
   }
 
   Rows<S, T>* rows_;
-  // From an entry to the same one of the next group, which is asked for meanwhile: kLanes streams
-  // of short rows are more than the hardware foresees.
-  int64_t ahead_ = 0;
+  Prefetch ahead_;  // the next group: short rows of kLanes matrices are no pattern to the hardware
 
   // Columns [c0, c1) of row i of every matrix to `to`, `step` apart. Dropped rows become zero.
   void fetch(int64_t i, int64_t c0, int64_t c1, Vec<T>* to, int64_t step) {
@@ -229,11 +251,7 @@ struct LaneGroup {
       Vec<T> x[VL];
       if constexpr (std::is_same_v<S, T>) {
         if (width == VL && f.column_stride == 1 && !f.mask) {  // without a question in the loop
-          for (int m = 0; m < VL; ++m) {
-            const T* from = rows_[m].z + (i * f.row_stride + c);
-            __builtin_prefetch(from + ahead_, 0, 2);
-            x[m] = load(from);
-          }
+          for (int m = 0; m < VL; ++m) x[m] = load(rows_[m].z + (i * f.row_stride + c));
           transpose_block<T>(x);
           for (int q = 0; q < VL; ++q) to[(c - c0 + q) * step] = x[q];
           continue;
@@ -242,8 +260,6 @@ struct LaneGroup {
       for (int m = 0; m < VL; ++m) {
         T buffer[VL];
         const T* from = rows_[m].fetch(i, c, c + width, buffer);
-        __builtin_prefetch(
-            rows_[m].z + (i * rows_[m].row_stride + c * rows_[m].column_stride) + ahead_, 0, 2);
         if (width == VL) {
           x[m] = load(from);
         } else {
@@ -266,7 +282,11 @@ struct LaneGroup {
         for (int r = 0; r < LB; ++r)
           a[r] = panel + (i + r) * kDepth, b[r] = panel + (j + r) * kDepth;
         Vec<T> s[LB][LB] = {};
-        dots<T>(depth, a, b, s);
+        const auto between = [&] { ahead_.some(); };
+        if (i == j)
+          dots<T, true>(depth, a, b, s, between);
+        else
+          dots<T, false>(depth, a, b, s, between);
         for (int r = 0; r < LB; ++r)
           for (int c = 0; c < (i == j ? r + 1 : LB); ++c) g[packed_row(i + r) + j + c] += s[r][c];
       }
@@ -327,13 +347,12 @@ void gram_lanes(const Features& f, bool samples, T* out, T* inverse_norm, T* mea
   Memory memory;
   const LaneGroup<S, T> group(f, first, count, samples, memory);
   const int64_t k = group.k;
-  store_entries(
-      [&](int64_t i, int64_t j) {
-        return i >= j ? group.g[packed_row(i) + j] : group.g[packed_row(j) + i];
-      },
-      k, k, first, count, out, f.batch * k * k * int64_t(sizeof(T)) > kPastBatch);
-  store_entries([&](int64_t, int64_t j) { return group.scale[j]; }, 1, f.n, first, count,
-                inverse_norm);
+  const auto fill = [&](int64_t i, Vec<T>* to) {
+    unpack_row<T>(group.g, i, k, [](int64_t, Vec<T> x) { return x; }, to);
+  };
+  store_rows<T>(fill, k, k, first, count, f.batch, out);
+  store_rows<T>([&](int64_t, Vec<T>* to) { std::copy_n(group.scale, f.n, to); }, 1, f.n, first,
+                count, f.batch, inverse_norm);
   std::fill_n(mean + first * f.d, count * f.d, T(0));
   for (int m = 0; m < count; ++m)
     if (group.failed[m])

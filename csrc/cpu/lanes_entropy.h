@@ -178,8 +178,8 @@ void joint_entropy_lanes(const Features& f1, const Features& f2, double alpha, T
 
 // Of ready Gram matrices.
 template <class T>
-void gram_entropy_lanes(const T* gram, int64_t k, double alpha, T* value, T* v, int64_t first,
-                        int64_t count) {
+void gram_entropy_lanes(const T* gram, int64_t batch, int64_t k, double alpha, T* value, T* v,
+                        int64_t first, int64_t count) {
   constexpr int VL = kLanes<T>;
   Memory memory;
   const int64_t order = round_up(k, LB);
@@ -191,11 +191,11 @@ void gram_entropy_lanes(const T* gram, int64_t k, double alpha, T* value, T* v, 
   const LaneEntropy<T> entropy(g, k, order, alpha, v != nullptr, memory);
   for (int64_t m = 0; m < count; ++m) value[first + m] = T(entropy.value[m]);
   if (v)
-    store_entries(
-        [&](int64_t i, int64_t j) {
-          return entropy.factor * entropy.v[i >= j ? packed_row(i) + j : packed_row(j) + i];
+    store_rows<T>(
+        [&](int64_t i, Vec<T>* to) {
+          unpack_row<T>(entropy.v, i, k, [&](int64_t, Vec<T> x) { return entropy.factor * x; }, to);
         },
-        k, k, first, count, v);
+        k, k, first, count, batch, v);
   for (int64_t m = first; m < first + count; ++m)
     if (entropy.failed[m - first])
       gram_entropy_range(gram, k, alpha, value, v, m, m + 1, Executor{nullptr});

@@ -58,16 +58,16 @@ class Prefetch {
       : at_(static_cast<const char*>(from)), end_(at_ + bytes),
         step_(round_up(ceil_div(bytes, std::max<int64_t>(calls, 1)), 64)) {}
 
-  // The matrix after `index`, if it is below `end`, lies in one piece and leaves room in a
-  // second-level cache; some(...) will be called `calls` times.
-  Prefetch(const Features& f, int64_t item, int64_t index, int64_t end, int64_t calls) {
-    const int64_t bytes = f.n * f.d * item;
-    if (index + 1 >= end || f.batch_dims != 1 || f.column_stride != 1 || f.row_stride != f.d ||
-        bytes > kMaxBytes)
-      return;
-    at_ = static_cast<const char*>(f.z) + (index + 1) * f.z_strides[0] * item;
-    end_ = at_ + bytes;
-    step_ = round_up(ceil_div(bytes, std::max<int64_t>(calls, 1)), 64);
+  // The `count` matrices after `index` that are below `end`, if each lies in one piece and they
+  // leave room in a second-level cache; some(...) will be called `calls` times.
+  Prefetch(const Features& f, int64_t item, int64_t index, int64_t end, int64_t calls,
+           int64_t count = 1) {
+    count = std::min(count, end - index - 1);
+    if (count <= 0 || f.batch_dims != 1 || f.column_stride != 1 || f.row_stride != f.d) return;
+    const int64_t bytes = ((count - 1) * f.z_strides[0] + f.n * f.d) * item;
+    if (bytes > kMaxBytes) return;
+    *this =
+        Prefetch(static_cast<const char*>(f.z) + (index + 1) * f.z_strides[0] * item, bytes, calls);
   }
 
   void some() {

@@ -65,28 +65,32 @@ def _define(name: str, schema: str, implementation: Callable, fake: Callable) ->
 
 
 def _differentiable(op: Callable, setup: Callable, backward: Callable) -> Callable:
-    """op with a derivative: as an operator (autograd, torch.compile) and under torch.func.
+    """op with a derivative: in eager mode, under torch.func, and as an operator.
 
-    The operator's own registration does not compose with torch.func.grad; an autograd.Function
-    does, so calls under a torch.func transform go through one made of the same two functions.
+    Three ways to say the same to PyTorch. The operator's own registration is what torch.compile
+    needs, but it does not compose with torch.func.grad; an autograd.Function does, with a
+    setup_context that costs three times a small call; without one it costs less than the operator.
     """
     torch.library.register_autograd(op.name(), backward, setup_context=setup, lib=_library)
     name = op.name().replace("::", "_")
-    function = type(
-        name,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(op),
-            "setup_context": staticmethod(setup),
-            "backward": staticmethod(backward),
-            "vmap": staticmethod(_vmap(lambda *args: function.apply(*args))),
-        },
-    )
+
+    def forward(ctx, *args):
+        output = op(*args)
+        setup(ctx, args, output)
+        return output
+
+    parts = {"backward": staticmethod(backward)}
+    eager = type(name, (torch.autograd.Function,), parts | {"forward": staticmethod(forward)})
+    parts |= {"forward": staticmethod(op), "setup_context": staticmethod(setup)}
+    parts["vmap"] = staticmethod(_vmap(lambda *args: transformed.apply(*args)))
+    transformed = type(name, (torch.autograd.Function,), parts)
 
     def call(*args):
         if torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        return op(*args)
+            return transformed.apply(*args)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return op(*args)
+        return eager.apply(*args)
 
     return call
 
