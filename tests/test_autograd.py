@@ -5,7 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmae_fast import fast_coding_rate, fast_gram, fast_matrix_entropy
 
@@ -218,3 +220,39 @@ def test_func_hessian_vector_product(q, backend):
     step = 1e-5
     expected = (gradient(z + step * direction) - gradient(z - step * direction)) / (2 * step)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_forward_mode_derivatives_are_refused(grad_enabled):
+    z = features("gaussian", 4, 7)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad_enabled):
+        dual = forward_ad.make_dual(z, torch.ones_like(z))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            fast_matrix_entropy(dual, 2)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            fast_gram(dual)
+
+
+def test_a_dispatch_mode_sees_the_operators():
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    z = features("gaussian", 2, 4, 7).requires_grad_()
+    with Recorder():
+        fast_coding_rate(z, 0.5).sum().backward()
+    assert "mmae_fast.coding_rate_fwd.default" in seen
+    assert "mmae_fast.coding_rate_bwd.default" in seen
+
+
+def test_fake_tensors_have_shapes_and_gradients():
+    with FakeTensorMode() as mode:
+        z = mode.from_tensor(torch.zeros(2, 4, 7)).requires_grad_()
+        h = fast_matrix_entropy(z)
+        assert isinstance(h, FakeTensor) and h.shape == (2,)
+        (grad,) = torch.autograd.grad(h.sum(), z)
+    assert isinstance(grad, FakeTensor) and grad.shape == z.shape
+    assert isinstance(fast_gram(z.detach()), FakeTensor)  # outside the mode too

@@ -47,10 +47,12 @@ def _compiled_entropy(op, z, alpha, k, *arguments):
     Large matrices are not decomposed. One that is indefinite by more than rounding comes back as
     NaN, as do those of rows with NaN, which LAPACK's path answers with NaN too.
     """
+    if k <= COMPILED_EIGEN_MAX:
+        return op(*arguments)
     if not _ops.cpu_serves_entropy(z, alpha, k):
         return None
     result = op(*arguments)
-    return None if k > COMPILED_EIGEN_MAX and result[0].isnan().any() else result
+    return None if result[0].isnan().any() else result
 
 
 def matrix_entropy_fwd(z, mask, alpha, normalize, center, need_weight):

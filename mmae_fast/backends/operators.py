@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from . import dispatch
@@ -55,27 +56,46 @@ def _vmap(op: Callable) -> Callable:
     return rule
 
 
-def _define(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
+class _Operator:
+    """A registered operator.
+
+    Called in eager mode, it goes around PyTorch's dispatcher, which costs as much as a small
+    matrix, unless somebody listens there: a dispatch mode, or a tensor of another kind.
+    """
+
+    def __init__(self, registered: Callable, implementation: Callable):
+        self.registered, self.implementation = registered, implementation
+
+    def __call__(self, *args):
+        plain = type(args[0]) in (Tensor, torch.nn.Parameter) and not args[0].is_meta
+        if plain and not torch._C._len_torch_dispatch_stack():
+            return self.implementation(*args)
+        return self.registered(*args)
+
+
+def _define(name: str, schema: str, implementation: Callable, fake: Callable) -> _Operator:
     _library.define(f"{name}{schema}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmae_fast::{name}", fake, lib=_library)
     op = getattr(torch.ops.mmae_fast, name).default
     torch.library.register_vmap(f"mmae_fast::{name}", _vmap(op), lib=_library)
-    return op
+    return _Operator(op, implementation)
 
 
-def _differentiable(op: Callable, setup: Callable, backward: Callable) -> Callable:
-    """op with a derivative: in eager mode, under torch.func, and as an operator.
+def _differentiable(operator: _Operator, setup: Callable, backward: Callable) -> Callable:
+    """An operator with a derivative: in eager mode, under torch.func, under torch.compile.
 
-    Three ways to say the same to PyTorch. The operator's own registration is what torch.compile
-    needs, but it does not compose with torch.func.grad; an autograd.Function does, with a
-    setup_context that costs three times a small call; without one it costs less than the operator.
+    Three ways to say the same to PyTorch. torch.compile needs the operator's own registration,
+    which does not compose with torch.func.grad; an autograd.Function does, but its setup_context
+    costs three times a small call; without one, and called around the dispatcher, it is the
+    cheapest of the three.
     """
+    op = operator.registered
     torch.library.register_autograd(op.name(), backward, setup_context=setup, lib=_library)
     name = op.name().replace("::", "_")
 
     def forward(ctx, *args):
-        output = op(*args)
+        output = operator(*args)
         setup(ctx, args, output)
         return output
 
@@ -86,16 +106,22 @@ def _differentiable(op: Callable, setup: Callable, backward: Callable) -> Callab
     transformed = type(name, (torch.autograd.Function,), parts)
 
     def call(*args):
+        if torch.compiler.is_compiling():
+            return op(*args)
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*args)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return op(*args)
-        return eager.apply(*args)
+        recorded = torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        )
+        # A Function is also who refuses forward-mode derivatives, which are not offered.
+        if recorded or forward_ad._current_level >= 0:
+            return eager.apply(*args)
+        return operator(*args)
 
     return call
 
 
-def _twice_differentiable(op: Callable, value_of: Callable, views: int = 1) -> Callable:
+def _twice_differentiable(operator: _Operator, value_of: Callable, views: int = 1) -> Callable:
     """A backward operator whose own derivative is that of the gradient of a plain expression.
 
     ``value_of(*z, mask, arguments)`` is the expression, of as many z as there are views. Slower
@@ -116,7 +142,7 @@ def _twice_differentiable(op: Callable, value_of: Callable, views: int = 1) -> C
         _, pull = torch.func.vjp(gradients, grad, *z)
         return pull(cotangents) + (None,) * (len(ctx.arguments) + 1)
 
-    return _differentiable(op, setup, backward)
+    return _differentiable(operator, setup, backward)
 
 
 def _only_order_2(alpha: float) -> None:
