@@ -13,49 +13,79 @@ int64_t padded(int64_t k) {
 template <class S, class T>
 void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* mean, T* squares,
                 T* g, Prefetch& ahead, const Executor& executor) {
+  constexpr int VL = kLanes<T>;
   Memory memory;
   const int64_t k = samples ? rows.n : rows.d, depth_total = samples ? rows.d : rows.n;
-  const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>);
-  const int64_t block = std::min(depth_total, kPackDepth);
-  T* packed = memory.take<T>(panels * NR<T> * std::max<int64_t>(block, 1));
+  const int64_t ldg = padded<T>(k), panels = ceil_div(k, NR<T>), pairs = ceil_div(panels, 2);
   const int64_t written = depth_total == 0 ? 0 : k;
   std::memset(g + written * ldg, 0, size_t((ldg - written) * ldg) * sizeof(T));
-  for (int64_t at = 0; at < depth_total; at += block) {
-    const int64_t depth = std::min(block, depth_total - at);
-    executor.run(panels, 1, [&](int64_t begin, int64_t end) {
+  if (written == 0) return;
+  const int64_t wanted = depth_slices(pairs, depth_total, executor);
+  const int64_t length = round_up(ceil_div(depth_total, wanted), VL);
+  const int64_t slices = ceil_div(depth_total, length), block = std::min(length, kPackDepth);
+  struct Slice {
+    T *packed, *g, *squares;
+    int64_t at, depth;  // the block in work
+  };
+  Slice* slice = memory.take<Slice>(slices);
+  for (int64_t s = 0; s < slices; ++s)
+    slice[s] = {memory.take<T>(panels * NR<T> * std::min(block, depth_total)),
+                s == 0 ? g : memory.take<T>(ldg * ldg),
+                s == 0 || !squares ? squares : memory.take<T>(round_up(k, VL)), 0, 0};
+  for (int64_t offset = 0; offset < length; offset += block) {
+    for (int64_t s = 0; s < slices; ++s) {
+      const int64_t end = std::min((s + 1) * length, depth_total);
+      slice[s].at = std::min(s * length + offset, end);
+      slice[s].depth = std::min(block, end - slice[s].at);
+    }
+    executor.run(slices * panels, 1, [&](int64_t begin, int64_t end) {
       Memory inner;
-      T* buffer =
-          inner.take<T>(samples ? kLanes<T> * round_up(depth, kLanes<T>) : (end - begin) * NR<T>);
-      if (samples) {
-        for (int64_t p = begin; p < end; ++p)
-          pack_samples(rows, scale, mean, squares, p * NR<T>, at, at + depth,
-                       packed + p * NR<T> * depth, buffer);
-      } else {
-        pack_features(rows, scale, mean, true, at, at + depth, begin, end, packed, buffer);
+      T* buffer = inner.take<T>(samples ? VL * round_up(block, VL) : panels * NR<T>);
+      for (int64_t t = begin, next; t < end; t = next) {
+        const Slice& x = slice[t / panels];
+        const int64_t first = t % panels, last = std::min(panels, first + end - t);
+        next = t + last - first;
+        if (!samples)
+          pack_features(rows, scale, mean, true, x.at, x.at + x.depth, first, last, x.packed,
+                        buffer);
+        for (int64_t p = first; samples && p < last; ++p)
+          pack_samples(rows, scale, mean, x.squares, offset > 0, p * NR<T>, x.at, x.at + x.depth,
+                       x.packed + p * NR<T> * x.depth, buffer);
       }
     });
     const auto between = [&]() {
       if (!executor.parallel) ahead.some();
     };
-    const auto columns = [&](int64_t p) {
-      for (int64_t sub = 0; sub < depth; sub += kTileDepth) {
-        const T* from = packed + sub * NR<T>;
-        const int64_t count = std::min(kTileDepth, depth - sub);
-        if (at + sub == 0)
-          gram_panel<T, Write::kSet>(from, depth, count, k, p * NR<T>, g, ldg, between);
+    const auto columns = [&](const Slice& x, int64_t p) {
+      for (int64_t sub = 0; sub < x.depth; sub += kTileDepth) {
+        const T* from = x.packed + sub * NR<T>;
+        const int64_t count = std::min(kTileDepth, x.depth - sub);
+        if (offset + sub == 0)
+          gram_panel<T, Write::kSet>(from, x.depth, count, k, p * NR<T>, x.g, ldg, between);
         else
-          gram_panel<T, Write::kAdd>(from, depth, count, k, p * NR<T>, g, ldg, between);
+          gram_panel<T, Write::kAdd>(from, x.depth, count, k, p * NR<T>, x.g, ldg, between);
       }
     };
     // Columns of the triangle lengthen: each thread takes panels from both ends.
-    executor.run(ceil_div(panels, 2), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        columns(p);
-        if (panels - 1 - p != p) columns(panels - 1 - p);
+    executor.run(slices * pairs, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t p = t % pairs;
+        columns(slice[t / pairs], p);
+        if (panels - 1 - p != p) columns(slice[t / pairs], panels - 1 - p);
       }
     });
   }
-  if (depth_total > 0) complete_upper(k, g, ldg);
+  const int64_t whole = k / VL * VL;  // what gram_panel has written of each row
+  executor.run(k, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t s = 1; s < slices; ++s)
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = i < whole ? i / VL * VL : 0; j < (i < whole ? whole : k); j += VL)
+          store(g + i * ldg + j, load(g + i * ldg + j) + load(slice[s].g + i * ldg + j));
+  });
+  for (int64_t s = 1; squares && s < slices; ++s)
+    for (int64_t i = 0; i < k; i += VL)
+      store(squares + i, load(squares + i) + load(slice[s].squares + i));
+  complete_upper(k, g, ldg);
 }
 
 template <class T>

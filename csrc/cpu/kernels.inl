@@ -49,7 +49,7 @@ template <class F>
 void over_batch(const Features& f, Threads threads, const F& body) {
   const int64_t work = f.k() * f.n * f.d;
   if (f.batch < threads.count && work > kShareLoops)
-    return body(0, f.batch, Executor{threads.parallel});
+    return body(0, f.batch, Executor{threads.parallel, threads.count});
   const int64_t grain = std::max<int64_t>(1, kShareBatch / std::max<int64_t>(work, 1));
   Executor{threads.parallel}.run(
       f.batch, grain, [&](int64_t begin, int64_t end) { body(begin, end, Executor{nullptr}); });
@@ -169,7 +169,7 @@ void spectral(DType dtype, int64_t batch, int64_t k, const void* vectors, const 
         v = memory.take<T>(ld * ld);
       }
       spectral_matrix(vt, static_cast<const T*>(f) + index * k, T(1), k, ld, v,
-                      Executor{threads.parallel});
+                      Executor{threads.parallel, threads.count});
       for (int64_t r = 0; r < k && ld != k; ++r)
         std::memcpy(to + r * k, v + r * ld, size_t(k) * sizeof(T));
     }

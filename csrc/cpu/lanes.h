@@ -87,9 +87,7 @@ void store_rows(const F& fill, int64_t rows, int64_t columns, int64_t first, int
   Memory memory;
   Vec<T>* waiting = memory.take<Vec<T>>(columns + VL);  // what does not fill a vector yet
   int64_t at = 0, held = 0;
-  const auto write = [&](const Vec<T>* from, int64_t width) {
-    Vec<T> x[VL] = {};
-    for (int q = 0; q < width; ++q) x[q] = from[q];
+  const auto write = [&](Vec<T>(&x)[VL], int64_t width) {
     transpose_block<T>(x);
     for (int64_t m = 0; m < count; ++m) {
       T* to = out + (first + m) * size + at;
@@ -106,10 +104,16 @@ void store_rows(const F& fill, int64_t rows, int64_t columns, int64_t first, int
     fill(i, waiting + held);
     held += columns;
     const Vec<T>* from = waiting;
-    for (; held >= VL; held -= VL, from += VL) write(from, VL);
+    for (; held >= VL; held -= VL, from += VL) {
+      Vec<T> x[VL];
+      for (int q = 0; q < VL; ++q) x[q] = from[q];
+      write(x, VL);
+    }
     std::memmove(waiting, from, size_t(held) * sizeof(Vec<T>));
   }
-  if (held > 0) write(waiting, held);
+  Vec<T> x[VL];
+  for (int q = 0; q < VL; ++q) x[q] = q < held ? waiting[q] : Vec<T>{};
+  if (held > 0) write(x, held);
 }
 
 // to[j] = value(j, G_ij), j < k: row i of the symmetric matrix whose lower triangle is packed in g.

@@ -66,6 +66,15 @@ constexpr int64_t kShareLoops = 200000, kShareBatch = 20000;
 // of it that one pass of tiles uses, so that a panel fits a first-level cache.
 constexpr int64_t kPackDepth = 512, kTileDepth = 128;
 
+// Slices of a product's depth that threads work on side by side, each with a sum of its own: a
+// matrix of few panels would leave some without work. None is shorter than what a pass of tiles
+// uses. Two threads: 1 x 197 x 768: 0.30 -> 0.20 ms, 1 x 100000 x 64: 8.0 -> 4.3 ms.
+inline int64_t depth_slices(int64_t panel_pairs, int64_t depth, const Executor& executor) {
+  if (!executor.parallel) return 1;
+  return std::clamp<int64_t>(ceil_div(2 * executor.threads, panel_pairs), 1,
+                             std::max<int64_t>(depth / kTileDepth, 1));
+}
+
 // Entries of z up to which the backward product reads z and W' where they lie: both fit a
 // first-level cache (1024 x 64 x 64: 4.4 ms, packed first 6.1).
 constexpr int64_t kInPlace = 4096;

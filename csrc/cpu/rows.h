@@ -176,10 +176,10 @@ T power_of_two_scale(const Rows<S, T>& rows) {
 // Panel [j0, j0 + NR) of Zᵀ-as-right-operand on the samples side: rows j0.. of z become columns,
 // depth runs over features [c0, c1). dst: (c1 - c0) x NR. buffer: kLanes x (c1 - c0) rounded up.
 // With `squares` (n, to whole vectors) rows stay raw, dropped ones still become zero, and the sums
-// of their squares are set at c0 = 0 and added to after.
+// of their squares go there, or are added to what is there.
 template <class S, class T>
-void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squares, int64_t j0,
-                  int64_t c0, int64_t c1, T* dst, T* buffer) {
+void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squares, bool add,
+                  int64_t j0, int64_t c0, int64_t c1, T* dst, T* buffer) {
   constexpr int VL = kLanes<T>;
   const int64_t depth = c1 - c0, stride = round_up(depth, VL);
   for (int g = 0; g < NV; ++g) {
@@ -229,7 +229,7 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squa
       }
     }
     if (squares) {
-      Vec<T> sum = c0 > 0 ? load(squares + first) : Vec<T>{};
+      Vec<T> sum = add ? load(squares + first) : Vec<T>{};
       for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
       store(squares + first, sum + sums[0]);
     }
@@ -253,15 +253,16 @@ void pack_features(const Rows<S, T>& rows, const T* scale, const T* mean, bool p
     for (int64_t p = p0; p < p1; ++p, out += depth * NR<T>) {
       for (int v = 0; v < NV; ++v) {
         const int64_t c = p * NR<T> + v * VL;
+        if (c >= c1) break;  // no tile reads vectors past the last column
         Vec<T> y{};
         if (kept && c + VL <= c1) {
-          y = load(x + (c - c0)) * factor;
-        } else if (kept && c < c1) {
+          y = load(x + (c - c0));
+        } else if (kept) {
           T tail[VL] = {};
           std::memcpy(tail, x + (c - c0), (c1 - c) * sizeof(T));
-          y = load(tail) * factor;
+          y = load(tail);
         }
-        if (kept && prepared) y -= load(mean + c);
+        if (kept && prepared) y = y * factor - load(mean + c);
         store(out + v * VL, y);
       }
     }

@@ -66,6 +66,7 @@ class Memory {
 // Runs a loop on this thread, or shares it among the pool's threads.
 struct Executor {
   ParallelFor parallel;  // null: this thread
+  int64_t threads = 1;   // in the pool
   template <class F>
   void run(int64_t count, int64_t grain, const F& f) const {
     if (!parallel) {

@@ -330,9 +330,14 @@ void run(const Kernels& kernels) {
     for (const auto& [batch, n, d] : std::vector<std::array<int64_t, 3>>{
              {9, 5, 12}, {35, 12, 5}, {17, 8, 8}, {5, 17, 40}, {6, 33, 20}, {2, 0, 3}, {2, 3, 0}})
       check_shape(kernels, type, batch, n, d, true);
-    // Fewer: the loops inside a matrix are shared.
-    for (const auto& [batch, n, d] : std::vector<std::array<int64_t, 3>>{
-             {1, 70, 90}, {2, 90, 70}, {3, 64, 64}, {1, 150, 140}, {1, 1, 1}})
+    // Fewer: the loops inside a matrix are shared, by panels and by slices of the depth.
+    for (const auto& [batch, n, d] : std::vector<std::array<int64_t, 3>>{{1, 70, 90},
+                                                                         {2, 90, 70},
+                                                                         {3, 64, 64},
+                                                                         {1, 150, 140},
+                                                                         {1, 20, 260},
+                                                                         {2, 600, 9},
+                                                                         {1, 1, 1}})
       check_shape(kernels, type, batch, n, d, false);
     for (const auto& [batch, n, d] : std::vector<std::array<int64_t, 3>>{
              {20, 6, 9}, {19, 16, 10}, {2, 64, 80}, {1, 80, 64}, {1, 130, 135}, {5, 1, 4}})
