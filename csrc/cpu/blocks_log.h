@@ -1,5 +1,5 @@
 // The von Neumann entropy of a block tridiagonal matrix and its derivative, without eigenvalues
-// (poles.h). Included inside an instruction-set namespace after blocks.h.
+// (poles.h). Included inside an instruction-set namespace after blocks_pivots.h.
 //
 // For every pole u, with the diagonal blocks D_i, the blocks E_i right of them, and the pivots of
 // T + uI from the bottom (eta) and from the top (delta),
@@ -15,131 +15,8 @@
 // Pivots are float64, one pole per vector lane; the products of the last line, all but O(k) of the
 // work, float32. k² blocks of flops for each pole, next to the k³ of the reduction.
 
-using Wide = Vec<double>;
-
 // One lane more than poles, for kLeastShift.
 constexpr int kPoleGroups = kPoles / kLanes<double> + 1;
-
-constexpr int64_t kLowerEntries = kBlock * (kBlock + 1) / 2;
-constexpr int kRows = 4, kColumns = MMAE_VECTOR_BYTES == 64 ? 4 : 2;  // what fits the registers
-
-// s[r][c] += sum_q a[q * aq + r * ar] b[q * kBlock + c], q in [from, to).
-template <int R, int C>
-inline void add_products(int64_t from, int64_t to, const Wide* a, int64_t aq, int64_t ar,
-                         const Wide* b, Wide (&s)[R][C]) {
-  for (int64_t q = from; q < to; ++q) {
-    Wide x[C];
-    for (int c = 0; c < C; ++c) x[c] = b[q * kBlock + c];
-    for (int r = 0; r < R; ++r) {
-      const Wide y = a[q * aq + r * ar];
-      for (int c = 0; c < C; ++c) s[r][c] += y * x[c];
-    }
-  }
-}
-
-// L D Lᵀ of the block a (its lower triangle): L below the diagonal, inverse = D⁻¹; *least is
-// lowered to the smallest pivot, which is not positive (or NaN) if the matrix is not positive
-// definite.
-inline void factor_poles(Wide* a, Wide* inverse, Wide* least) {
-  Wide scaled[kBlockEntries];  // D Lᵀ
-  for (int64_t j0 = 0; j0 < kBlock; j0 += kRows)
-    for (int64_t i0 = j0; i0 < kBlock; i0 += kRows)
-      for (int64_t j = j0; j < j0 + kRows; ++j) {
-        // Column j of these rows, with all columns before it.
-        Wide sum[kRows][1] = {};
-        add_products<kRows, 1>(0, j, a + i0 * kBlock, 1, kBlock, scaled + j, sum);
-        for (int64_t i = i0; i < i0 + kRows; ++i) {
-          if (i < j) continue;
-          const Wide entry = a[i * kBlock + j] - sum[i - i0][0];
-          if (i == j) {
-            *least = entry >= *least ? *least : entry;
-            inverse[j] = 1 / entry;
-          }
-          scaled[j * kBlock + i] = entry;
-          a[i * kBlock + j] = entry * inverse[j];
-        }
-      }
-}
-
-// y = L⁻¹ y; of a lower triangle (the rest zero) if `lower`.
-inline void solve_poles(const Wide* l, Wide* y, bool lower) {
-  for (int64_t i0 = 0; i0 < kBlock; i0 += kRows)
-    for (int64_t c0 = 0; c0 < (lower ? i0 + kRows : kBlock); c0 += kColumns) {
-      Wide sum[kRows][kColumns] = {};
-      add_products(lower ? c0 : 0, i0, l + i0 * kBlock, 1, kBlock, y + c0, sum);
-      for (int64_t i = 0; i < kRows; ++i)
-        for (int64_t c = 0; c < kColumns; ++c) {
-          Wide* at = y + (i0 + i) * kBlock + c0 + c;
-          for (int64_t q = 0; q < i; ++q)
-            sum[i][c] += l[(i0 + i) * kBlock + i0 + q] * y[(i0 + q) * kBlock + c0 + c];
-          *at -= sum[i][c];
-        }
-    }
-}
-
-// y = L⁻ᵀ y.
-inline void solve_upper_poles(const Wide* l, Wide* y) {
-  for (int64_t i0 = kBlock - kRows; i0 >= 0; i0 -= kRows)
-    for (int64_t c0 = 0; c0 < kBlock; c0 += kColumns) {
-      Wide sum[kRows][kColumns] = {};
-      add_products(i0 + kRows, kBlock, l + i0, kBlock, 1, y + c0, sum);
-      for (int64_t i = kRows - 1; i >= 0; --i)
-        for (int64_t c = 0; c < kColumns; ++c) {
-          for (int64_t q = i + 1; q < kRows; ++q)
-            sum[i][c] += l[(i0 + q) * kBlock + i0 + i] * y[(i0 + q) * kBlock + c0 + c];
-          y[(i0 + i) * kBlock + c0 + c] -= sum[i][c];
-        }
-    }
-}
-
-// out = yᵀ D⁻¹ y, of which the lower triangle is used; y becomes D⁻¹ y.
-inline void square_poles(Wide* y, const Wide* inverse, bool lower, Wide* out) {
-  Wide z[kBlockEntries];
-  for (int64_t q = 0; q < kBlock; ++q)
-    for (int64_t c = 0; c < kBlock; ++c) z[q * kBlock + c] = inverse[q] * y[q * kBlock + c];
-  for (int64_t r0 = 0; r0 < kBlock; r0 += kRows)
-    for (int64_t c0 = 0; c0 < r0 + kRows; c0 += kColumns) {
-      Wide sum[kRows][kColumns] = {};
-      add_products(lower ? r0 : 0, kBlock, z + r0, kBlock, 1, y + c0, sum);
-      for (int64_t r = 0; r < kRows; ++r)
-        for (int64_t c = 0; c < kColumns; ++c) out[(r0 + r) * kBlock + c0 + c] = sum[r][c];
-    }
-  std::copy_n(z, kBlockEntries, y);
-}
-
-// The lower triangle of scale D_i + u; zeros above it, which are loaded too.
-inline void shifted_block(const BlockTridiagonal& b, int64_t i, double scale, Wide u, Wide* a) {
-  const float* d = b.diagonal(i);
-  for (int64_t r = 0; r < kBlock; ++r) {
-    for (int64_t c = 0; c <= r; ++c) a[r * kBlock + c] = splat(scale * double(d[r * b.lda + c]));
-    a[r * kBlock + r] += u;
-    std::fill_n(a + r * (kBlock + 1) + 1, kBlock - 1 - r, Wide{});
-  }
-}
-
-// The pivots of M = scale T + u from the last block to the first: before(i, eta_i), its lower
-// triangle; after(i, L, D⁻¹, y) with eta_i = L D Lᵀ and y = D⁻¹ L⁻¹ M_{i,i-1}, which block 0 lacks.
-template <class Before, class After>
-void pivots_from_bottom(const BlockTridiagonal& b, double scale, Wide u, Wide* least,
-                        const Before& before, const After& after) {
-  Wide a[kBlockEntries], inverse[kBlock], y[kBlockEntries], next[kBlockEntries] = {};
-  for (int64_t i = b.blocks - 1; i >= 0; --i) {
-    shifted_block(b, i, scale, u, a);
-    for (int64_t r = 0; r < kBlock; ++r)
-      for (int64_t c = 0; c <= r; ++c) a[r * kBlock + c] -= next[r * kBlock + c];
-    before(i, a);
-    factor_poles(a, inverse, least);
-    if (i > 0) {
-      const float* off = b.right + (i - 1) * kBlockEntries;
-      for (int64_t r = 0; r < kBlock; ++r)
-        for (int64_t c = 0; c < kBlock; ++c)
-          y[r * kBlock + c] = splat(scale * double(off[c * kBlock + r]));
-      solve_poles(a, y, false);
-      square_poles(y, inverse, false, next);
-    }
-    after(i, a, inverse, y);
-  }
-}
 
 struct BlockLog {
   const BlockTridiagonal& b;
@@ -236,7 +113,7 @@ struct BlockLog {
         },
         [&](int64_t i, const Wide* l, const Wide*, Wide* y) {
           if (i == 0 || !want_log) return;
-          solve_upper_poles(l, y);
+          solve_upper_blocks(l, y);
           narrow(group, i, y, -1, ratio);
         });
   }
@@ -252,13 +129,13 @@ struct BlockLog {
           *keep++ = next[r * kBlock + c];
           a[r * kBlock + c] -= next[r * kBlock + c];
         }
-      factor_poles(a, inverse, least);
+      factor_blocks(a, inverse, least);
       if (i + 1 == b.blocks) return;
       const float* off = b.right + i * kBlockEntries;
       for (int64_t e = 0; e < kBlockEntries; ++e) y[e] = splat(scale * double(off[e]));
       const bool lower = i + 2 < b.blocks;  // all but the last are an L of reflect_block
-      solve_poles(a, y, lower);
-      square_poles(y, inverse, lower, next);
+      solve_lower_blocks(a, y, lower);
+      square_blocks(y, inverse, lower, next);
     }
   }
 
@@ -272,9 +149,9 @@ struct BlockLog {
         for (int64_t c = 0; c <= r; ++c, ++at) a[r * kBlock + c] = bottom[at] - top[at];
         std::fill_n(a + r * (kBlock + 1) + 1, kBlock - 1 - r, Wide{});
       }
-      factor_poles(a, inverse, least);
-      solve_poles(a, y, true);
-      square_poles(y, inverse, true, x);
+      factor_blocks(a, inverse, least);
+      solve_lower_blocks(a, y, true);
+      square_blocks(y, inverse, true, x);
       Wide of_pole{};
       for (int64_t r = 0; r < kBlock; ++r) of_pole += x[r * kBlock + r];
       const int64_t poles = std::min<int64_t>(kLanes<double>, kPoles - group * kLanes<double>);

@@ -85,6 +85,17 @@ void tridiagonalize(T* a, int64_t k, int64_t lda, double* d, double* e, T* tau, 
   if (k >= 1) d[k - 1] = a[(k - 1) * lda + k - 1];
 }
 
+// x <- Q x for the Q of tridiagonalize.
+template <class T>
+void transform_back_vector(const T* a, int64_t k, int64_t lda, const T* tau, double* x) {
+  for (int64_t j = k - 3; j >= 0; --j) {
+    const T* v = a + j * lda;
+    double sum = 0;
+    for (int64_t i = j + 1; i < k; ++i) sum += double(v[i]) * x[i];
+    for (int64_t i = j + 1; i < k; ++i) x[i] -= double(tau[j]) * sum * double(v[i]);
+  }
+}
+
 // q (k x k, leading dimension lda) = H_0 H_1 ... H_{k-3} from the reflectors in the rows of a.
 template <class T>
 void form_q(const T* a, int64_t k, int64_t lda, const T* tau, T* q, T* work) {

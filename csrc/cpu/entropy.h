@@ -212,12 +212,7 @@ struct EntropyTask {
     if (!largest.found[0]) return;
     h = -std::log(largest.value[0]);
     if (!want_v) return;
-    for (int64_t j = k - 3; j >= 0; --j) {
-      const T* row = v + j * ld;
-      double sum = 0;
-      for (int64_t i = j + 1; i < k; ++i) sum += double(row[i]) * x[i];
-      for (int64_t i = j + 1; i < k; ++i) x[i] -= double(factor[j]) * sum * double(row[i]);
-    }
+    transform_back_vector(v, k, ld, factor, x);
     largest_derivative(x, largest.value[0], tau, k, ld, v, executor);
   }
 
@@ -244,7 +239,9 @@ bool by_blocks(double alpha, int64_t k) {
 // Matrices whose QL sweeps are interleaved.
 template <class T>
 int64_t entropy_group(double alpha, int64_t k) {
-  return alpha == 2 || by_powers(alpha, k) || by_blocks<T>(alpha, k) ? 1 : kQlGroup;
+  const bool ql =
+      alpha != 2 && !std::isinf(alpha) && !by_powers(alpha, k) && !by_blocks<T>(alpha, k);
+  return ql ? kQlGroup : 1;
 }
 
 // H and, if wanted, V of up to entropy_group(alpha, k) matrices. g becomes full or, without

@@ -96,7 +96,7 @@ void store_rows(const F& fill, int64_t rows, int64_t columns, int64_t first, int
       else if (width == VL)
         store(to, x[m]);
       else
-        std::memcpy(to, &x[m], size_t(width) * sizeof(T));
+        for (int64_t q = 0; q < width; ++q) to[q] = x[m][q];
     }
     at += width;
   };

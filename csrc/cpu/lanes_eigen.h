@@ -87,7 +87,20 @@ void tridiagonalize_lanes(Vec<T>* a, int64_t k, int64_t lda, Vec<T>* d, Vec<T>* 
   }
 }
 
-// q (k x k, row stride ldq) = H_0 H_1 ... H_{k-3}.
+// x <- Q x for the Q = H_0 H_1 ... H_{k-3} of tridiagonalize_lanes.
+template <class T>
+void transform_back_vector_lanes(const Vec<T>* a, int64_t k, int64_t lda, const Vec<T>* tau,
+                                 Vec<T>* x) {
+  for (int64_t j = k - 3; j >= 0; --j) {
+    const Vec<T>* v = a + j * lda;
+    Vec<T> sum{};
+    for (int64_t i = j + 1; i < k; ++i) sum += v[i] * x[i];
+    sum *= tau[j];
+    for (int64_t i = j + 1; i < k; ++i) x[i] -= sum * v[i];
+  }
+}
+
+// q (k x k, row stride ldq) = Q.
 template <class T>
 void form_q_lanes(const Vec<T>* a, int64_t k, int64_t lda, const Vec<T>* tau, Vec<T>* q,
                   int64_t ldq) {

@@ -112,13 +112,7 @@ struct LaneEntropy {
     }
     factor = inverse;
     if (!v) return;
-    for (int64_t j = k - 3; j >= 0; --j) {
-      const Vec<T>* row = a + j * ld;
-      Vec<T> sum{};
-      for (int64_t i = j + 1; i < k; ++i) sum += row[i] * x[i];
-      sum *= t[j];
-      for (int64_t i = j + 1; i < k; ++i) x[i] -= sum * row[i];
-    }
+    transform_back_vector_lanes<T>(a, k, ld, t, x);
     for (int64_t i = 0; i < order; ++i) {
       Vec<T>* row = v + packed_row(i);
       for (int64_t j = 0; j <= i; ++j) row[j] = -x[i] * x[j] * reciprocal;

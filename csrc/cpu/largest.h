@@ -1,6 +1,6 @@
 // alpha = inf: the largest eigenvalue and one vector of it, of tridiagonal and of block tridiagonal
 // matrices, whose other eigenvalues nobody needs. Included inside an instruction-set namespace
-// after blocks_log.h.
+// after blocks_pivots.h.
 //
 // M = uI - T is positive definite if u is above the spectrum, which its pivots show. Bisection ends
 // with a u above the largest eigenvalue by less than rounding, where M has a factorisation without
@@ -132,7 +132,7 @@ struct BlockLargest {
     pivots_from_bottom(
         b, -1, splat(shift), &least, [](auto&&...) {},
         [&](int64_t i, const Wide* factor, const Wide* d, Wide* y) {
-          if (i > 0) solve_upper_poles(factor, y);
+          if (i > 0) solve_upper_blocks(factor, y);
           for (int64_t e = 0; e < kBlockEntries; ++e) {
             l[i * kBlockEntries + e] = factor[e][0];
             r[i * kBlockEntries + e] = i > 0 ? y[e][0] : 0;
@@ -174,45 +174,4 @@ void largest_derivative(const double* x, double lambda, double tau, int64_t k, i
       for (int64_t j = 0; j < ld; ++j)
         v[i * ld + j] = i < k && j < k ? T(((i == j ? 1 : 0) - x[i] * x[j] / lambda) / tau) : T(0);
   });
-}
-
-// --------------------------------------------------------------------------------------------------
-// One matrix by its blocks
-
-// Room that V needs while it is made.
-inline int64_t blocks_entries(int64_t k) {
-  const int64_t order = round_up(k, kBlock);
-  return order * BlockTridiagonal::stride_of(order);
-}
-
-// H_1 or H_inf of rho = g / tau (full) and, if wanted, V = dH / dg in v (full, whole vectors, with
-// room for blocks_entries). NaN where g is not finite or, for H_1, indefinite by more than
-// rounding.
-inline double entropy_by_blocks(const float* g, int64_t k, int64_t ld, double tau, double alpha,
-                                float* v, const Executor& executor) {
-  Memory memory;
-  BlockTridiagonal b(k, memory);
-  reduce_to_blocks(g, ld, tau, b, executor);
-  if (alpha != 1) {
-    const BlockLargest largest(b, v != nullptr);
-    if (!v || std::isnan(largest.value)) return -std::log(largest.value);
-    double* x = memory.take<double>(b.order);
-    largest.vector(x);
-    transform_back_vector(b, x);
-    largest_derivative(x, largest.value, tau, k, ld, v, executor);
-    return -std::log(largest.value);
-  }
-  double h;
-  {
-    Memory inner;
-    h = BlockLog(b, v != nullptr, executor, inner).entropy(v);
-  }
-  if (!v || std::isnan(h)) return h;
-  transform_back(b, v, executor);
-  // Rows move to lower addresses, one after the other.
-  const float inverse = float(1 / tau);
-  for (int64_t i = 0; i < ld; ++i)
-    for (int64_t j = 0; j < ld; ++j)
-      v[i * ld + j] = i < k && j < k ? inverse * v[i * b.lda + j] : 0.f;
-  return h;
 }
