@@ -14,6 +14,7 @@ terms; a lower bound for any implementation that runs forward and backward one a
 | coding rate  | k(k+1)m + k³/3   | 2k²m + 2k³/3       | snd           | 2snd               |
 | Rényi-2      | k(k+1)m + k²     | 2k²m               | snd           | 2snd               |
 | Rényi-3      | k(k+1)m + k³     | 2k²m               | snd           | 2snd               |
+| Rényi-∞      | k(k+1)m + 2k²    | 4km                | snd           | 2snd               |
 | von Neumann  | k(k+1)m + 4k³/3  | 2k²m + 3k³         | snd           | 2snd               |
 | joint        | n(n+1)d + 3n²    | 2n²d               | snd           | 2snd               |
 | ready        | n(n+1)d + 4n³/3  | 2n²d + 3n³         | snd           | 2snd               |
@@ -22,9 +23,10 @@ k(k+1)m is one triangle of a symmetric product; 2k²m the one product that a clo
 needs; k³/3 a Cholesky factor and 2k³/3 the inverse from it; 4k³/3 the reduction to tridiagonal
 form, 2k³ its back-transformation and k³ the function of the matrix (the eigenvectors of the
 tridiagonal matrix are not counted: their cost depends on the spectrum); k³ one triangle of the
-square of a symmetric matrix. "joint" is the Rényi-2 joint entropy of two views, the halves of the
-columns of z, on n x n matrices; "ready" is their von Neumann joint entropy from ready Gram
-matrices, which are PyTorch's products for everybody.
+square of a symmetric matrix; 2k² one product with a vector, the least that the largest eigenvalue
+takes, and 4km a matrix of rank one times z, all that its gradient takes. "joint" is the Rényi-2
+joint entropy of two views, the halves of the columns of z, on n x n matrices; "ready" is their von
+Neumann joint entropy from ready Gram matrices, which are PyTorch's products for everybody.
 """
 
 import math
@@ -146,6 +148,10 @@ def eager_renyi3(z: Tensor) -> Tensor:
     return -torch.linalg.eigvalsh(_density(z)).pow(3).sum(-1).log() / 2
 
 
+def eager_renyi_inf(z: Tensor) -> Tensor:
+    return -torch.linalg.eigvalsh(_density(z))[..., -1].log()
+
+
 def halves(z: Tensor) -> tuple[Tensor, Tensor]:
     """Two views."""
     middle = z.shape[-1] // 2
@@ -193,6 +199,12 @@ QUANTITIES = {
         eager_renyi3,
         lambda z: reference.matrix_entropy(z, 3),
     ),
+    "renyi_inf": Quantity(
+        "Rényi-∞",
+        lambda z, b: fast_matrix_entropy(z, math.inf, backend=b),
+        eager_renyi_inf,
+        lambda z: reference.matrix_entropy(z, math.inf),
+    ),
     "joint2": Quantity(
         "joint Rényi-2",
         lambda z, b: information.joint_entropy(*halves(z), 2, backend=b),
@@ -220,7 +232,7 @@ def measured(shape: Shape, quantity: str, device: str) -> bool:
         return device == "cpu" and shape.n <= 1024
     if quantity == "ready1":
         return device == "cpu" and shape.n <= 64
-    return device == "cpu" or quantity != "renyi3"
+    return device == "cpu" or quantity not in ("renyi3", "renyi_inf")
 
 
 def least_work(shape: Shape, quantity: str, direction: str) -> tuple[float, float]:
@@ -230,12 +242,14 @@ def least_work(shape: Shape, quantity: str, direction: str) -> tuple[float, floa
         k, m = shape.n, shape.d
     forward = {"coding_rate": k**3 / 3, "renyi2": k**2, "renyi3": k**3, "joint2": 3 * k**2}
     forward["von_neumann"] = forward["ready1"] = 4 * k**3 / 3
+    forward["renyi_inf"] = 2 * k**2
     gradient = {"coding_rate": 2 * k**3 / 3, "von_neumann": 3 * k**3, "ready1": 3 * k**3}
     flops = k * (k + 1) * m + forward.get(quantity, 0)
     result = 4 * k * k * shape.batch if quantity == "gram" else 0
     size = shape.bytes + result
     if direction == "fwd+bwd":
-        flops += 2 * k * k * m + gradient.get(quantity, 0)
+        product = 4 * k * m if quantity == "renyi_inf" else 2 * k * k * m
+        flops += product + gradient.get(quantity, 0)
         size += 2 * shape.bytes + result
     return float(shape.batch * flops), float(size)
 

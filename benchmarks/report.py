@@ -173,7 +173,16 @@ def draw(result: dict, path: Path) -> None:
 
     rows = {(run.shape_of(r), r["quantity"], r["direction"]): r for r in result["cases"]}
     shapes = list(dict.fromkeys(shape for shape, _, _ in rows))
-    colours = ("#1b6ca8", "#e07a1f", "#3a9d5d", "#b5477d", "#8d6bb8", "#c9a227", "#8c8c8c")
+    colours = (
+        "#1b6ca8",
+        "#e07a1f",
+        "#3a9d5d",
+        "#b5477d",
+        "#8d6bb8",
+        "#c9a227",
+        "#8c8c8c",
+        "#4b4b4b",
+    )
     height = 0.8 / len(run.ORDER)
     figure, panels = plt.subplots(
         1, 2, figsize=(11, 1.6 + 0.85 * len(shapes)), sharey=True, layout="constrained"

@@ -27,12 +27,22 @@ ORDER = (
     "coding_rate",
     "renyi2",
     "renyi3",
+    "renyi_inf",
     "joint2",
     "ready1",
     "gram",
 )  # of the columns
 # The most wanted first.
-SLOW_ORDER = ("coding_rate", "renyi2", "gram", "von_neumann", "renyi3", "joint2", "ready1")
+SLOW_ORDER = (
+    "coding_rate",
+    "renyi2",
+    "gram",
+    "von_neumann",
+    "renyi3",
+    "renyi_inf",
+    "joint2",
+    "ready1",
+)
 # Passes over the shapes: whether of what takes long to prepare, of which quantities, until which
 # part of the time. Eager eigenvalues take seconds on a GPU: they wait until the rest is there.
 PASSES = {
