@@ -185,18 +185,23 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squa
   for (int g = 0; g < NV; ++g) {
     const int64_t first = j0 + g * VL;
     if (first >= rows.n) break;  // no tile reads vectors past the last row
-    const T* source[VL];
-    bool used[VL], all = true;
+    const T *source[VL], *zeros = nullptr;
+    bool used[VL];
     for (int i = 0; i < VL; ++i) {
-      const int64_t row = std::min(first + i, rows.n - 1);
+      T* own = buffer + i * stride;
       used[i] = first + i < rows.n && rows.kept(first + i);
-      all &= used[i];
-      source[i] = rows.fetch(row, c0, c1, buffer + i * stride);
+      if (used[i]) {
+        source[i] = rows.fetch(first + i, c0, c1, own);
+        continue;
+      }
+      // A dropped row may hold NaN or Inf: it is set to zero, not multiplied by it.
+      if (!zeros) std::fill_n(own, depth, T(0)), zeros = own;
+      source[i] = zeros;
     }
     constexpr int kSums = std::min(VL, 4);  // short sums, and not one long one
     Vec<T> sums[kSums] = {};
     int64_t k = 0;
-    if (all && squares)  // the common case, without a question in the loop
+    if (squares)  // the common case, without a question in the loop
       for (; k + VL <= depth; k += VL) {
         Vec<T> x[VL];
         for (int i = 0; i < VL; ++i) x[i] = load(source[i] + k);
@@ -210,10 +215,7 @@ void pack_samples(const Rows<S, T>& rows, const T* scale, const T* mean, T* squa
       Vec<T> x[VL];
       const int64_t valid = std::min<int64_t>(VL, depth - k);
       for (int i = 0; i < VL; ++i) {
-        // A dropped row may hold NaN or Inf: it is set to zero, not multiplied by it.
-        if (!used[i]) {
-          x[i] = Vec<T>{};
-        } else if (valid == VL) {
+        if (valid == VL) {
           x[i] = load(source[i] + k);
         } else {
           T tail[VL] = {};
