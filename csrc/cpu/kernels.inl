@@ -46,15 +46,18 @@ namespace MMAE_ISA {
 #include "lanes_entropy.h"
 #include "coding_rate.h"
 
-// Shares matrices among threads or, when there are fewer of them, the loops inside each.
+// Shares matrices among threads, and the loops inside each of those that are fewer than threads or
+// are left over: at most half as many as threads, which would wait for them.
 template <class F>
 void over_batch(const Features& f, Threads threads, const F& body) {
-  const int64_t work = f.k() * f.n * f.d;
-  if (f.batch < threads.count && work > kShareLoops)
-    return body(0, f.batch, Executor{threads.parallel, threads.count});
+  const int64_t work = f.k() * f.n * f.d, left = f.batch % threads.count;
+  const bool share =
+      f.batch < threads.count ? work > kShareLoops : work > kShareLeft && 2 * left <= threads.count;
+  const int64_t whole = share ? f.batch - left : f.batch;
   const int64_t grain = std::max<int64_t>(1, kShareBatch / std::max<int64_t>(work, 1));
   Executor{threads.parallel}.run(
-      f.batch, grain, [&](int64_t begin, int64_t end) { body(begin, end, Executor{nullptr}); });
+      whole, grain, [&](int64_t begin, int64_t end) { body(begin, end, Executor{nullptr}); });
+  if (whole < f.batch) body(whole, f.batch, Executor{threads.parallel, threads.count});
 }
 
 // Calls body with the storage type (as a value) and the compute type.

@@ -336,6 +336,7 @@ void run(const Kernels& kernels) {
                                                                          {3, 64, 64},
                                                                          {1, 150, 140},
                                                                          {1, 20, 260},
+                                                                         {5, 130, 140},
                                                                          {2, 600, 9},
                                                                          {1, 1, 1}})
       check_shape(kernels, type, batch, n, d, false);
