@@ -76,7 +76,7 @@ void gram_upper(const Rows<S, T>& rows, bool samples, const T* scale, const T* m
     });
   }
   const int64_t whole = k / VL * VL;  // what gram_panel has written of each row
-  executor.run(k, 64, [&](int64_t begin, int64_t end) {
+  executor.run(slices > 1 ? k : 0, 64, [&](int64_t begin, int64_t end) {
     for (int64_t s = 1; s < slices; ++s)
       for (int64_t i = begin; i < end; ++i)
         for (int64_t j = i < whole ? i / VL * VL : 0; j < (i < whole ? whole : k); j += VL)
